@@ -1,0 +1,81 @@
+# The private extension module. Arrays come in through DLPack (numpy arrays, or the capsules of torch.utils.dlpack);
+# outputs are written into arrays of the caller. `None` stands for "not given". Every argument is keyword-only.
+from typing import Any
+
+Array = Any
+
+__version__: str
+cuda_built: bool
+
+class Error(RuntimeError): ...
+class ShapeError(Error, ValueError): ...
+class DtypeError(Error, TypeError): ...
+class LabelError(Error, ValueError): ...
+class NonFiniteError(Error, ValueError): ...
+class CapacityError(Error, MemoryError): ...
+class BackendError(Error): ...
+
+def set_num_threads(n: int) -> None: ...
+def get_num_threads() -> int: ...
+def set_isa(name: str) -> None: ...
+def current_isa() -> str: ...
+def supported_isas() -> list[str]: ...
+
+# Targets: indptr None means one class an example. loss: "softmax" | "bce" | "squared_hinge".
+def dense_forward(
+    *, hidden: Array, weight: Array, bias: Array | None, offset: Array | None = None,
+    indptr: Array | None, indices: Array, values: Array | None, n_classes: int | None = None,
+    loss: str, label_smoothing: float = 0.0, lse_penalty: float = 0.0, softcap: float = 0.0,
+    class_weight: Array | None = None, ignore_index: int = -100,
+    losses: Array | None, output: Array | None, lse: Array | None,
+    stream: int = 0,
+) -> None: ...
+
+# update: None, or a dict with optimizer ("sgd" | "adam" | "adagrad"), rounding ("nearest" | "stochastic" | "kahan"), lr,
+# momentum, beta1, beta2, eps, weight_decay, step, seed, first_row, and the arrays first, second, compensation, bias_first,
+# bias_second (each may be absent). Returns the number of tiles skipped by the gradient filter.
+def dense_backward(
+    *, hidden: Array, weight: Array, bias: Array | None, offset: Array | None = None,
+    indptr: Array | None, indices: Array, values: Array | None,
+    loss: str, label_smoothing: float = 0.0, lse_penalty: float = 0.0, softcap: float = 0.0,
+    class_weight: Array | None = None, ignore_index: int = -100,
+    lse: Array | None, grad_losses: Array, grad_output: Array | None = None, grad_lse: Array | None = None,
+    grad_hidden: Array | None = None, grad_weight: Array | None = None, grad_bias: Array | None = None,
+    update: dict[str, Any] | None = None,
+    losses: Array | None = None, output: Array | None = None,
+    filter_eps: float = 0.0, stream: int = 0,
+) -> int: ...
+
+def dense_logits(
+    *, hidden: Array, weight: Array, bias: Array | None, offset: Array | None = None, softcap: float = 0.0,
+    logits: Array, stream: int = 0,
+) -> None: ...
+def dense_scores(
+    *, hidden: Array, weight: Array, bias: Array | None, softcap: float = 0.0, classes: Array, scores: Array,
+    stream: int = 0,
+) -> None: ...
+def dense_topk(
+    *, hidden: Array, weight: Array, bias: Array | None, softcap: float = 0.0, k: int,
+    exclude_indptr: Array | None = None, exclude_indices: Array | None = None,
+    scores: Array, classes: Array, lse: Array | None = None, stream: int = 0,
+) -> None: ...
+
+# Row updates of a weight matrix from row gradients: rows[i] of weight gets the step with grad[i]. Rows are distinct.
+def update_rows(
+    *, weight: Array, rows: Array, grad: Array, bias: Array | None = None, grad_bias: Array | None = None,
+    update: dict[str, Any],
+) -> None: ...
+# out[i] = weight[rows[i]] (same dtype); bias likewise.
+def gather_rows(*, weight: Array, rows: Array, out: Array) -> None: ...
+
+# Shared negatives of sampled softmax: n draws with replacement keyed by (seed, step). Fills `draws` [n] int64.
+# proposal: "uniform" | "log_uniform" | "alias" (with the alias table's arrays threshold [D] float32 and alias [D] int64).
+def sample_classes(
+    *, draws: Array, n_classes: int, proposal: str, threshold: Array | None = None, alias: Array | None = None,
+    seed: int, step: int,
+) -> None: ...
+# Fills `out` with uniform numbers in [low, high) keyed by (seed, row): the initial weights, the same on every shard.
+def init_uniform(*, out: Array, low: float, high: float, seed: int, first_row: int = 0) -> None: ...
+
+# Test hooks for the generator: Philox4x32-10 of a counter and a key.
+def philox(*, counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[int, int, int, int]: ...
