@@ -56,12 +56,15 @@ struct RandomStream {
   std::uint64_t step = 0;
 
   // Counter = (block, row low, row high, step low); key = seed, with purpose and step high mixed into its halves.
+  WIDEHEAD_HD std::uint32_t key0() const {
+    return static_cast<std::uint32_t>(seed) ^ (static_cast<std::uint32_t>(purpose) * 0x85EBCA6Bu);
+  }
+  WIDEHEAD_HD std::uint32_t key1() const {
+    return static_cast<std::uint32_t>(seed >> 32) ^ (static_cast<std::uint32_t>(step >> 32) * 0xC2B2AE35u);
+  }
   WIDEHEAD_HD Philox4 block(std::uint64_t row, std::uint32_t block_index) const {
-    const std::uint32_t k0 = static_cast<std::uint32_t>(seed) ^ (static_cast<std::uint32_t>(purpose) * 0x85EBCA6Bu);
-    const std::uint32_t k1 =
-        static_cast<std::uint32_t>(seed >> 32) ^ (static_cast<std::uint32_t>(step >> 32) * 0xC2B2AE35u);
     return philox(block_index, static_cast<std::uint32_t>(row), static_cast<std::uint32_t>(row >> 32),
-                  static_cast<std::uint32_t>(step), k0, k1);
+                  static_cast<std::uint32_t>(step), key0(), key1());
   }
   // 16 random bits for column `col` of `row`: eight columns share a block.
   WIDEHEAD_HD std::uint32_t bits16(std::uint64_t row, std::uint64_t col) const {
