@@ -79,8 +79,7 @@ struct RandomStream {
   // Uniform in {0, ..., n - 1}, by the high half of a 64 x 64 bit product: bias below n / 2^64.
   WIDEHEAD_HD std::uint64_t below(std::uint64_t n, std::uint64_t row, std::uint32_t index) const {
     const Philox4 r = block(row, index >> 1);
-    const std::uint64_t x =
-        (static_cast<std::uint64_t>(r.v[(index & 1) * 2 + 1]) << 32) | r.v[(index & 1) * 2];
+    const std::uint64_t x = (static_cast<std::uint64_t>(r.v[(index & 1) * 2 + 1]) << 32) | r.v[(index & 1) * 2];
     const std::uint64_t xl = x & 0xFFFFFFFFu, xh = x >> 32, nl = n & 0xFFFFFFFFu, nh = n >> 32;
     const std::uint64_t mid = xh * nl + ((xl * nl) >> 32);
     const std::uint64_t mid2 = xl * nh + (mid & 0xFFFFFFFFu);
