@@ -1,5 +1,7 @@
 // parts.h -- what the binding files share: one bind function a part, and the parsing of losses and updates
 #pragma once
+#include <nanobind/stl/string.h>
+
 #include <string>
 
 #include "array.h"
