@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
+import os
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
-from widehead import _core
+from . import _core
+from ._arrays import STORED
+from ._optimizer import ROUNDINGS, OptimizerState
+from .files import HeadFile, load_head, save_head
+from .options import choose
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = ["EmbeddingBag"]
 
-_STORAGE = {"float32": np.float32, "float64": np.float64, "bfloat16": np.uint16}
 _OPTIMIZERS = ("sgd", "adam", "adagrad")
 
 
@@ -32,7 +39,6 @@ class EmbeddingBag:
 
     Attributes:
         weight: ``[n_features, dim]``.
-        moments: state of the optimiser by name, made at the first step.
         steps: number of steps taken.
     """
 
@@ -47,8 +53,7 @@ class EmbeddingBag:
         dtype: str = "float32",
         seed: int = 0,
     ) -> None:
-        if dtype not in _STORAGE:
-            raise _core.DtypeError(f"dtype: expected one of {', '.join(_STORAGE)}, got {dtype!r}")
+        choose(dtype, tuple(STORED), "dtype")
         for name, value in (("n_features", n_features), ("dim", dim)):
             if value < 1:
                 raise _core.ShapeError(f"{name}: expected at least 1, got {value}")
@@ -56,11 +61,10 @@ class EmbeddingBag:
             raise _core.ShapeError(f"scale: expected a positive number, got {scale}")
         self.n_features, self.dim, self.dtype, self.seed = int(n_features), int(dim), dtype, int(seed)
         self.normalise, self.scale = bool(normalise), float(scale)
-        self.moments: dict[str, NDArray[Any]] = {}
         self.steps = 0
-        self._optimizer: str | None = None
+        self._optimizer = OptimizerState()
         self._saved: tuple[Any, NDArray[Any], NDArray[Any]] | None = None
-        self.weight = np.empty((self.n_features, self.dim), _STORAGE[dtype])
+        self.weight = np.empty((self.n_features, self.dim), STORED[dtype])
         width = self.dim**-0.5 if init is None else float(init)
         _core.init_uniform(out=self.weight, low=-width, high=width, seed=self.seed)
 
@@ -106,7 +110,7 @@ class EmbeddingBag:
             X: ``[B, n_features]`` sparse or dense, as for :meth:`forward`.
             grad: ``[B, dim]`` dL/dout, dtype of the output.
             lr: learning rate.
-            optimizer: ``"sgd"``, ``"adagrad"`` (one accumulator a row) or ``"adam"``; keep to one.
+            optimizer: ``"sgd"``, ``"adagrad"`` (one accumulator a row) or ``"adam"``.
             betas, eps, weight_decay: as in ``torch.optim``; decay acts on touched rows.
             rounding: of a bfloat16 table: ``"stochastic"`` (default), ``"nearest"`` or ``"kahan"``.
 
@@ -114,55 +118,60 @@ class EmbeddingBag:
             NonFiniteError, ShapeError, DtypeError, LabelError: for bad input; nothing has changed then.
         """
         csr = self._csr(X)
-        if optimizer not in _OPTIMIZERS:
-            raise _core.ShapeError(f"optimizer: expected one of {', '.join(_OPTIMIZERS)}, got {optimizer!r}")
-        if self._optimizer not in (None, optimizer):
-            raise _core.ShapeError(f"optimizer: this table is trained with {self._optimizer!r}, got {optimizer!r}")
+        choose(optimizer, _OPTIMIZERS, "optimizer")
+        rounding = choose(rounding or ("stochastic" if self.dtype == "bfloat16" else "nearest"), ROUNDINGS, "rounding")
         out = norms = None
         if self.normalise:
             if self._saved is not None and self._saved[0] is X:
                 _, out, norms = self._saved
             else:
                 out, norms = self._forward(csr)
-        moments = self.moments or self._new_moments(optimizer, rounding)
-        _core.bag_step(
-            **self._arguments(csr),
-            out=out,
-            norms=norms,
-            grad=np.ascontiguousarray(grad),
-            update={
-                "optimizer": optimizer,
-                "rounding": rounding or "stochastic",
-                "lr": lr,
-                "beta1": betas[0],
-                "beta2": betas[1],
-                "eps": eps,
-                "weight_decay": weight_decay,
-                "step": self.steps + 1,
-                "seed": self.seed,
-                **moments,
-            },
+        before = self._optimizer.name, self._optimizer.step
+        self._optimizer.prepare(optimizer, self.weight, None, rounding == "kahan" and self.dtype == "bfloat16")
+        update = self._optimizer.arguments(
+            rounding, self.seed, lr=lr, beta1=betas[0], beta2=betas[1], eps=eps, weight_decay=weight_decay
         )
-        self.moments, self._optimizer, self._saved = moments, optimizer, None
+        try:
+            _core.bag_step(**self._arguments(csr), out=out, norms=norms, grad=np.ascontiguousarray(grad), update=update)
+        except _core.Error:
+            self._optimizer.name, self._optimizer.step = before
+            raise
+        self._optimizer.step += 1
         self.steps += 1
-
-    def state_dict(self) -> dict[str, NDArray[Any]]:
-        """Weights and optimiser state, not copied: ``weight``, ``moments.*``; ``steps`` as int64 ``[1]``."""
-        moments = {f"moments.{name}": array for name, array in self.moments.items()}
-        return {"weight": self.weight, "steps": np.array([self.steps]), **moments}
-
-    def load_state_dict(self, state: dict[str, NDArray[Any]]) -> None:
-        """Takes over what :meth:`state_dict` gave; raises ShapeError where it does not fit, with nothing changed."""
-        weight = state["weight"]
-        if weight.shape != self.weight.shape or weight.dtype != self.weight.dtype:
-            raise _core.ShapeError(
-                f"weight: expected {list(self.weight.shape)} {self.weight.dtype}, got {list(weight.shape)} {weight.dtype}"
-            )
-        prefix = "moments."
-        moments = {name[len(prefix) :]: np.array(array) for name, array in state.items() if name.startswith(prefix)}
-        self.weight, self.moments, self.steps = np.array(weight), moments, int(state["steps"][0])
-        self._optimizer = None
         self._saved = None
+
+    def save(self, path: str | os.PathLike[str], *, optimizer: bool = False) -> None:
+        """Writes the table, and with `optimizer` the state of the optimiser, to a safetensors file."""
+        save_head(path, self._to_file(optimizer))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Reads a table that :meth:`save` wrote; FileError if it is damaged, foreign or newer."""
+        return cls._from_file(load_head(path, cls.__name__))
+
+    def _to_file(self, optimizer: bool) -> HeadFile:
+        names = ("n_features", "dim", "normalise", "scale", "dtype", "seed")
+        file = HeadFile("EmbeddingBag", {n: getattr(self, n) for n in names}, {"weight": self.weight}, {"steps": self.steps})
+        if optimizer:
+            file.state["optimizer"] = {"name": self._optimizer.name, "step": self._optimizer.step}
+            file.tensors |= {f"optimizer.{name}": array for name, array in self._optimizer.arrays.items()}
+        return file
+
+    @classmethod
+    def _from_file(cls, file: HeadFile) -> Self:
+        config = dict(file.config)
+        bag = cls(config.pop("n_features"), config.pop("dim"), **config, init=0.0)
+        weight = file.tensors["weight"]
+        if weight.shape != bag.weight.shape or weight.dtype != bag.weight.dtype:
+            raise _core.ShapeError(
+                f"weight: expected {list(bag.weight.shape)} {bag.weight.dtype}, got {list(weight.shape)} {weight.dtype}"
+            )
+        bag.weight, bag.steps = weight, int(file.state.get("steps", 0))
+        if "optimizer" in file.state:
+            kept, prefix = file.state["optimizer"], "optimizer."
+            arrays = {n.removeprefix(prefix): array for n, array in file.tensors.items() if n.startswith(prefix)}
+            bag._optimizer = OptimizerState(kept["name"], int(kept["step"]), arrays)
+        return bag
 
     def _forward(self, csr: sp.csr_array) -> tuple[NDArray[Any], NDArray[Any]]:
         kind = np.float64 if self.dtype == "float64" else np.float32
@@ -179,18 +188,6 @@ class EmbeddingBag:
             "normalise": self.normalise,
             "scale": self.scale,
         }
-
-    def _new_moments(self, optimizer: str, rounding: str | None) -> dict[str, NDArray[Any]]:
-        kind = np.float64 if self.dtype == "float64" else np.float32
-        moments: dict[str, NDArray[Any]] = {}
-        if optimizer == "adam":
-            moments["first"] = np.zeros(self.weight.shape, kind)
-            moments["second"] = np.zeros(self.weight.shape, kind)
-        elif optimizer == "adagrad":
-            moments["second"] = np.zeros((self.n_features, 1), kind)
-        if rounding == "kahan" and self.dtype == "bfloat16":
-            moments["compensation"] = np.zeros(self.weight.shape, np.uint16)
-        return moments
 
     def _csr(self, X: Any) -> sp.csr_array:
         csr = X if sp.issparse(X) and X.format == "csr" else sp.csr_array(X)

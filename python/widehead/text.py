@@ -10,7 +10,8 @@ from typing import Any, overload
 import numpy as np
 import scipy.sparse as sp
 
-from widehead import _core
+from . import _core
+from ._params import Params
 
 __all__ = ["NGramHasher", "PackedStrings", "typos"]
 
@@ -92,7 +93,7 @@ class PackedStrings(Sequence[str]):
         return PackedStrings(map(_fold, self))
 
 
-class NGramHasher:
+class NGramHasher(Params):
     """Strings to sparse rows of hashed character n-grams, as a scikit-learn transformer without anything to fit.
 
     A string is folded (NFKC, case), split into words at white space, and each word padded by a blank on both sides; its
@@ -140,21 +141,6 @@ class NGramHasher:
         self.norm = norm
         self.fold = fold
 
-    def get_params(self, deep: bool = True) -> dict[str, Any]:
-        """The arguments of the constructor, by name."""
-        return dict(vars(self))
-
-    def set_params(self, **params: Any) -> NGramHasher:
-        """Changes arguments of the constructor; raises ``ValueError`` for a name that is none."""
-        for name, value in params.items():
-            if name not in vars(self):
-                raise ValueError(f"{name}: NGramHasher has no such parameter; it has {', '.join(vars(self))}")
-            setattr(self, name, value)
-        return self
-
-    def __repr__(self) -> str:
-        return f"NGramHasher({', '.join(f'{k}={v!r}' for k, v in vars(self).items())})"
-
     def __sklearn_tags__(self) -> Any:
         from sklearn.utils import InputTags, Tags, TargetTags, TransformerTags
 
@@ -179,7 +165,7 @@ class NGramHasher:
         return self.transform(strings)
 
     def prepare(self, strings: Iterable[str]) -> PackedStrings:
-        """Folds and packs: the slow part of :meth:`transform`, which takes the result when ``fold=False``."""
+        """Folds and packs: the part of :meth:`transform` that need not be done again for strings that come again."""
         packed = strings if isinstance(strings, PackedStrings) else PackedStrings(strings)
         return packed.folded() if self.fold else packed
 
@@ -190,7 +176,10 @@ class NGramHasher:
             DtypeError: for items that are not ``str``.
             ShapeError: for parameters out of range.
         """
-        packed = self.prepare(strings)
+        return self.hash(self.prepare(strings))
+
+    def hash(self, packed: PackedStrings) -> sp.csr_array:
+        """The fast part of :meth:`transform`: rows of strings that :meth:`prepare` has made."""
         shortest, longest = self.ngram_range
         indptr, indices, values = _core.ngrams(
             text=packed.arrays,
