@@ -1,0 +1,7 @@
+"""widehead/numpy.py -- the heads without PyTorch: train and serve from NumPy arrays."""
+
+from ._arrays import from_bfloat16, to_bfloat16
+from ._dense import DenseHead
+from ._results import ForwardResult, StepResult, TopKResult
+
+__all__ = ["DenseHead", "ForwardResult", "StepResult", "TopKResult", "from_bfloat16", "to_bfloat16"]
