@@ -8,29 +8,15 @@
 #include <utility>
 #include <vector>
 
-#include "cpu/bag.h"
+#include "check.h"
+#include "cpu/kernels.h"
 #include "widehead/error.h"
 #include "widehead/parallel.h"
-#include "widehead/random.h"
 
 namespace widehead {
-namespace cpu::baseline {
-namespace {
-#include "cpu/bag-inl.h"
-}
-}  // namespace cpu::baseline
-
 namespace {
 
 using std::to_string;
-
-const cpu::BagKernels& kernels() { return cpu::baseline::kBagKernels; }
-
-std::string shape(std::int64_t rows, std::int64_t cols) {
-  return "[" + to_string(rows) + ", " + to_string(cols) + "]";
-}
-
-Dtype result_of(Dtype table) { return table == Dtype::f64 ? Dtype::f64 : Dtype::f32; }
 
 template <class I>
 void check_indices(const I* indices, std::int64_t n, std::int64_t rows) {
@@ -41,8 +27,8 @@ void check_indices(const I* indices, std::int64_t n, std::int64_t rows) {
 }
 
 void check_input(const BagInput& x, const ConstAnyMatrix& table) {
-  if (table.dtype != Dtype::f32 && table.dtype != Dtype::bf16 && table.dtype != Dtype::f64)
-    throw DtypeError(std::string("table: expected float32, bfloat16 or float64, got ") + name_of(table.dtype));
+  expect_dtype("table", table.dtype, table.dtype == Dtype::f32 || table.dtype == Dtype::bf16 || table.dtype == Dtype::f64,
+               "float32, bfloat16 or float64");
   if (table.rows >= INT32_MAX)
     throw ShapeError("table: expected fewer than 2^31 - 1 rows, got " + to_string(table.rows));
   if (x.rows < 0 || x.rows >= INT32_MAX)
@@ -62,58 +48,19 @@ void check_input(const BagInput& x, const ConstAnyMatrix& table) {
     throw DtypeError(std::string("input: expected int32 or int64 indices, got ") + name_of(x.indices.dtype));
 }
 
-void check_result(const ConstAnyMatrix& m, std::int64_t rows, const ConstAnyMatrix& table, const char* name) {
-  if (m.rows != rows || m.cols != table.cols)
-    throw ShapeError(std::string(name) + ": expected shape [batch, dim] = " + shape(rows, table.cols) + ", got " +
-                     shape(m.rows, m.cols));
-  if (m.dtype != result_of(table.dtype))
-    throw DtypeError(std::string(name) + ": expected " + name_of(result_of(table.dtype)) + ", got " + name_of(m.dtype));
-}
-
-void check_norms(const ConstAnyVector& v, std::int64_t rows, Dtype table) {
-  if (v.size != rows)
-    throw ShapeError("norms: expected shape [batch] = [" + to_string(rows) + "], got [" + to_string(v.size) + "]");
-  if (v.dtype != result_of(table))
-    throw DtypeError(std::string("norms: expected ") + name_of(result_of(table)) + ", got " + name_of(v.dtype));
-}
-
 void check_scale(bool normalise, double scale) {
-  if (normalise && !(scale > 0.0 && std::isfinite(scale)))
-    throw ShapeError("scale: expected a positive number, got " + to_string(scale));
+  check_option("scale", scale, !normalise || scale > 0.0, "a positive number");
 }
 
-template <class T>
-void check_finite(const ConstAnyMatrix& m, const char* name) {
-  for (std::int64_t r = 0; r < m.rows; ++r) {
-    const T* row = static_cast<const T*>(m.data) + r * m.stride;
-    T zero = 0;  // x * 0 is NaN for NaN and infinities only, so one comparison serves the row
-    for (std::int64_t c = 0; c < m.cols; ++c) zero += row[c] * T{0};
-    if (zero != T{0}) throw NonFiniteError(std::string(name) + ": row " + to_string(r) + " has a NaN or infinite value");
-  }
+// A matrix [B, d] of the type that goes with the table.
+void check_result(const char* name, const ConstAnyMatrix& m, std::int64_t rows, const ConstAnyMatrix& table) {
+  expect_shape(name, m, rows, table.cols);
+  expect_dtype(name, m.dtype, m.dtype == real_of(table.dtype), name_of(real_of(table.dtype)));
 }
 
-void check_state(const AnyMatrix& m, bool wanted, const AnyMatrix& table, std::int64_t cols, Dtype dtype,
-                 const char* name) {
-  if (!wanted) return;
-  if (!m) throw ShapeError(std::string(name) + ": the optimiser needs this state, got none");
-  if (m.rows != table.rows || m.cols != cols)
-    throw ShapeError(std::string(name) + ": expected shape " + shape(table.rows, cols) + ", got " + shape(m.rows, m.cols));
-  if (m.dtype != dtype)
-    throw DtypeError(std::string(name) + ": expected " + name_of(dtype) + ", got " + name_of(m.dtype));
-}
-
-void check_update(const Update& u, const AnyMatrix& table) {
-  const Dtype state = result_of(table.dtype);
-  const bool adam = u.optimizer == Optimizer::adam;
-  if (u.optimizer == Optimizer::sgd && u.momentum != 0.0)
-    throw ShapeError("momentum: an embedding bag takes 0, its rows are visited now and then; got " + to_string(u.momentum));
-  if (!std::isfinite(u.lr)) throw NonFiniteError("lr: expected a finite number, got " + to_string(u.lr));
-  if (u.step < 1) throw ShapeError("step: counts from 1, got 0");
-  check_state(u.first, adam, table, table.cols, state, "first");
-  check_state(u.second, adam, table, table.cols, state, "second");
-  check_state(u.second, u.optimizer == Optimizer::adagrad, table, 1, state, "second");
-  check_state(u.compensation, table.dtype == Dtype::bf16 && u.rounding == Rounding::kahan, table, table.cols, Dtype::bf16,
-              "compensation");
+void check_norms(const ConstAnyVector& norms, std::int64_t rows, const ConstAnyMatrix& table, bool required) {
+  expect_size("norms", norms, rows, required);
+  if (norms) expect_dtype("norms", norms.dtype, norms.dtype == real_of(table.dtype), name_of(real_of(table.dtype)));
 }
 
 // The batch by features: a stable radix sort of (feature, entry), so entries of a feature stay in order of example.
@@ -194,11 +141,11 @@ void bag_forward(const BagForward& args) {
   const BagInput& x = args.input;
   check_input(x, args.table);
   check_scale(args.normalise, args.scale);
-  check_result(args.out, x.rows, args.table, "out");
-  if (args.norms) check_norms(args.norms, x.rows, args.table.dtype);
+  check_result("out", args.out, x.rows, args.table);
+  check_norms(args.norms, x.rows, args.table, false);
   const cpu::BagForwardPlan plan{x.indptr,       x.indices.data, x.indices.dtype == Dtype::i64, x.values, args.table,
                                  args.normalise, args.scale,     args.out,                      args.norms.data};
-  over_examples(x.rows, [&](std::int64_t begin, std::int64_t end) { kernels().forward(plan, begin, end); });
+  over_examples(x.rows, [&](std::int64_t begin, std::int64_t end) { cpu::kernels().bag.forward(plan, begin, end); });
 }
 
 void bag_step(const BagStep& args) {
@@ -207,16 +154,18 @@ void bag_step(const BagStep& args) {
   const Update& update = *args.update;
   check_input(x, args.table);
   check_scale(args.normalise, args.scale);
-  check_result(args.grad, x.rows, args.table, "grad");
+  check_result("grad", args.grad, x.rows, args.table);
   if (args.normalise) {
-    check_result(args.out, x.rows, args.table, "out");
-    check_norms(args.norms, x.rows, args.table.dtype);
+    check_result("out", args.out, x.rows, args.table);
+    check_norms(args.norms, x.rows, args.table, true);
   }
-  check_update(update, args.table);
-  const bool wide = args.grad.dtype == Dtype::f64;
-  wide ? check_finite<double>(args.grad, "grad") : check_finite<float>(args.grad, "grad");
+  if (update.momentum != 0.0 && update.optimizer == Optimizer::sgd)
+    throw ShapeError("momentum: an embedding bag takes 0, for its rows come up now and then; got " +
+                     to_string(update.momentum));
+  check_update(args.table, {}, update);
+  check_finite(args.grad, "grad");
   if (x.nnz() == 0) return;
-  if (x.values) check_finite<float>(matrix(x.values, 1, x.nnz()), "input");
+  if (x.values) check_finite(ConstAnyVector(x.values, x.nnz()), "input");
 
   const std::int64_t d = args.table.cols;
   std::vector<double> sums;  // also holds float32
@@ -224,7 +173,7 @@ void bag_step(const BagStep& args) {
   if (args.normalise) {
     sums.resize(static_cast<std::size_t>(x.rows * d * size_of(grad.dtype) + 7) / 8);
     const cpu::BagGradientPlan plan{args.out, args.norms.data, args.scale, args.grad, sums.data()};
-    over_examples(x.rows, [&](std::int64_t begin, std::int64_t end) { kernels().gradient(plan, begin, end); });
+    over_examples(x.rows, [&](std::int64_t begin, std::int64_t end) { cpu::kernels().bag.gradient(plan, begin, end); });
     grad = {sums.data(), grad.dtype, x.rows, d, d};
   }
   const Transposed batch(x, args.table.rows);
@@ -238,8 +187,8 @@ void bag_step(const BagStep& args) {
            batch.segments.begin();
   };
   parallel_for(tasks, [&](std::int64_t t) {
-    std::vector<double> scratch(static_cast<std::size_t>(d + (d + 3) / 4));
-    kernels().step(plan, cut(t), cut(t + 1), scratch.data());
+    std::vector<double> scratch(static_cast<std::size_t>(d));
+    cpu::kernels().bag.step(plan, cut(t), cut(t + 1), scratch.data());
   });
 }
 

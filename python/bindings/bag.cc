@@ -1,7 +1,6 @@
 // bag.cc -- the embedding bag for Python: a CSR batch, the table, and what the optimiser keeps
 #include "widehead/bag.h"
 
-#include "array.h"
 #include "parts.h"
 #include "widehead/error.h"
 

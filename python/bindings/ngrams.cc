@@ -1,17 +1,17 @@
 // ngrams.cc -- hashed character n-grams and typing errors; strings come as code points in one int32 array
 #include "widehead/ngrams.h"
 
-#include <nanobind/stl/string.h>
-
 #include <memory>
 #include <string>
 #include <utility>
 
-#include "array.h"
+#include "parts.h"
 #include "widehead/error.h"
 
 namespace widehead::python {
 namespace {
+
+using namespace nanobind::literals;
 
 // An argument is the pair (text [length] int32, offsets [strings + 1] int64).
 Strings strings_of(Arrays& arrays, nb::handle pair, const char* name) {
@@ -89,7 +89,6 @@ nb::tuple typos(nb::handle text, double rate, double second, std::uint64_t seed,
 }  // namespace
 
 void bind_ngrams(nb::module_& m) {
-  using namespace nanobind::literals;
   m.def("ngrams", &ngrams, nb::kw_only(), "text"_a, "romanised"_a.none(), "n_features"_a, "min_n"_a, "max_n"_a, "words"_a,
         "whole_words"_a, "separate"_a, "binary"_a, "norm"_a);
   m.def("transliterate", &replace, nb::kw_only(), "text"_a, "table"_a);

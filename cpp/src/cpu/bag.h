@@ -43,7 +43,7 @@ struct BagStepPlan {
 struct BagKernels {
   void (*forward)(const BagForwardPlan&, std::int64_t begin, std::int64_t end);    // examples
   void (*gradient)(const BagGradientPlan&, std::int64_t begin, std::int64_t end);  // examples
-  // Segments; scratch holds d float64 and d uint16.
+  // Segments; scratch holds d float64.
   void (*step)(const BagStepPlan&, std::int64_t begin, std::int64_t end, void* scratch);
 };
 
