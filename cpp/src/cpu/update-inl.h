@@ -18,10 +18,26 @@ struct UpdateScalars {
         beta1(static_cast<Real>(u.beta1)),
         beta2(static_cast<Real>(u.beta2)),
         keep(static_cast<Real>(1.0 - u.lr * u.weight_decay)),
-        step_size(static_cast<Real>(u.lr / (1.0 - __builtin_pow(u.beta1, static_cast<double>(u.step))))),
-        inverse_bias2(static_cast<Real>(1.0 / (1.0 - __builtin_pow(u.beta2, static_cast<double>(u.step))))),
+        step_size(static_cast<Real>(u.lr * bias_correction(u, u.beta1))),
+        inverse_bias2(static_cast<Real>(bias_correction(u, u.beta2))),
         eps(static_cast<Real>(u.eps)) {}
+
+  // The power costs as much as a short row, so only Adam pays for it.
+  static double bias_correction(const Update& u, double beta) {
+    return u.optimizer == Optimizer::adam ? 1.0 / (1.0 - __builtin_pow(beta, static_cast<double>(u.step))) : 1.0;
+  }
 };
+
+// x . y in float64, by eight partial sums that the compiler can keep in vector registers.
+template <class Real>
+double dot_f64(const Real* __restrict__ x, const Real* __restrict__ y, i64 n) {
+  double part[8] = {};
+  i64 j = 0;
+  for (; j + 8 <= n; j += 8)
+    for (int i = 0; i < 8; ++i) part[i] += static_cast<double>(x[j + i]) * static_cast<double>(y[j + i]);
+  for (; j < n; ++j) part[j & 7] += static_cast<double>(x[j]) * static_cast<double>(y[j]);
+  return ((part[0] + part[4]) + (part[1] + part[5])) + ((part[2] + part[6]) + (part[3] + part[7]));
+}
 
 // The weight after the step, before rounding. m and v are the element's moments.
 template <class Real>
@@ -44,9 +60,7 @@ WIDEHEAD_INLINE Real stepped(const UpdateScalars<Real>& s, Optimizer kind, Real 
 // Adagrad with one accumulator a row: returns lr / (sqrt(sum of mean squares) + eps).
 template <class Real>
 Real adagrad_scale(const UpdateScalars<Real>& s, const Real* g, i64 n, Real* state) {
-  double total = 0;
-  for (i64 j = 0; j < n; ++j) total += static_cast<double>(g[j]) * static_cast<double>(g[j]);
-  *state += static_cast<Real>(total / static_cast<double>(n));
+  *state += static_cast<Real>(dot_f64(g, g, n) / static_cast<double>(n));
   return static_cast<Real>(static_cast<double>(s.lr) / (__builtin_sqrt(static_cast<double>(*state)) + static_cast<double>(s.eps)));
 }
 
@@ -156,8 +170,7 @@ T* at(const AnyVector& v, i64 i) {
 }
 
 template <class Real>
-void update_row_as(const Update& u, AnyMatrix weight, i64 row, const Real* g) {
-  const UpdateScalars<Real> s(u);
+void update_row_as(const Update& u, const UpdateScalars<Real>& s, AnyMatrix weight, i64 row, const Real* g) {
   Real* m = row_of<Real>(u.first, row);
   Real* v = row_of<Real>(u.second, row);
   Real row_scale = 0;
@@ -174,8 +187,9 @@ void update_row_as(const Update& u, AnyMatrix weight, i64 row, const Real* g) {
 }
 
 inline void update_row(const Update& u, AnyMatrix weight, i64 row, const void* g) {
-  if (weight.dtype == Dtype::f64) return update_row_as<double>(u, weight, row, static_cast<const double*>(g));
-  update_row_as<float>(u, weight, row, static_cast<const float*>(g));
+  if (weight.dtype == Dtype::f64)
+    return update_row_as<double>(u, UpdateScalars<double>(u), weight, row, static_cast<const double*>(g));
+  update_row_as<float>(u, UpdateScalars<float>(u), weight, row, static_cast<const float*>(g));
 }
 
 // A bias is float64 exactly when the weights are. Adagrad keeps one accumulator an element: each is a row of one column.
