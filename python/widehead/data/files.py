@@ -11,6 +11,7 @@ import tempfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn, cast
 
@@ -22,7 +23,7 @@ from ..errors import DataError
 # Big enough that the cost of a call vanishes, small enough that a block's working arrays stay near the caches.
 BLOCK_BYTES = 1 << 21
 
-# Class numbers are int32 everywhere, so that CSR arrays stay small; scipy widens where the number of entries asks for it.
+# Class numbers are int32, so that CSR arrays stay small; scipy widens them where the number of entries asks for it.
 MAX_COUNT = 2**31 - 1
 
 _MAGIC: list[tuple[bytes, Callable[..., Any]]] = [
@@ -30,6 +31,11 @@ _MAGIC: list[tuple[bytes, Callable[..., Any]]] = [
     (b"\xfd7zXZ\x00", lzma.LZMAFile),
     (b"BZh", bz2.BZ2File),
 ]
+_PACKERS: dict[str, Callable[..., Any]] = {
+    ".gz": lambda raw: gzip.GzipFile(filename="", fileobj=raw, mode="wb", mtime=0),
+    ".xz": partial(lzma.LZMAFile, mode="wb", preset=3),
+    ".bz2": partial(bz2.BZ2File, mode="wb"),
+}
 _BROKEN = (OSError, EOFError, zlib.error, lzma.LZMAError, ValueError)
 
 
@@ -45,7 +51,7 @@ def shown(token: bytes | str) -> str:
 
 
 def line_blocks(path: Path, progress: bool = False) -> Iterator[bytes]:
-    """Blocks of whole lines of a plain, gzip, xz or bzip2 file; every block ends in a newline, the last one is given one.
+    """Blocks of whole lines of a plain, gzip, xz or bzip2 file. Every block ends in a newline; the last is given one.
 
     Raises DataError for a damaged or truncated compressed file, OSError where the file cannot be opened.
     """
@@ -99,20 +105,14 @@ def _progress(path: Path, raw: BinaryIO, wanted: bool) -> Iterator[Callable[[int
 @contextmanager
 def writing(path: Path) -> Iterator[BinaryIO]:
     """A binary file that becomes `path` only when all went well; .gz, .xz and .bz2 are compressed."""
-    packers: dict[str, Callable[..., Any]] = {
-        ".gz": lambda raw: gzip.GzipFile(filename="", fileobj=raw, mode="wb", mtime=0),
-        ".xz": lambda raw: lzma.LZMAFile(raw, "wb", preset=3),
-        ".bz2": lambda raw: bz2.BZ2File(raw, "wb"),
-    }
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as raw:
-            packer = packers.get(path.suffix)
-            if packer is None:
-                yield raw
-            else:
-                with packer(raw) as packed, io.BufferedWriter(packed, BLOCK_BYTES) as buffered:
+            if path.suffix in _PACKERS:
+                with _PACKERS[path.suffix](raw) as packed, io.BufferedWriter(packed, BLOCK_BYTES) as buffered:
                     yield cast(BinaryIO, buffered)
+            else:
+                yield raw
             raw.flush()
             os.fsync(raw.fileno())
         os.chmod(temporary, 0o666 & ~_umask())
