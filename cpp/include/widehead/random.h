@@ -8,7 +8,8 @@
 #if defined(__CUDACC__)
 #define WIDEHEAD_HD __host__ __device__
 #else
-#define WIDEHEAD_HD
+// Always inlined: a copy compiled for one instruction set must not serve units compiled for another.
+#define WIDEHEAD_HD [[gnu::always_inline]]
 #endif
 
 namespace widehead {

@@ -1,0 +1,115 @@
+// simd.h -- vectors of the unit being compiled: a thin layer over the compiler's vector extensions
+//
+// A unit defines WIDEHEAD_VECTOR_BYTES (16, 32 or 64), WIDEHEAD_ISA_NAME (its namespace) and, where the processor has bfloat16 dot
+// products, WIDEHEAD_BF16_DOT. No std templates: a shared instantiation would carry this unit's instructions elsewhere.
+#pragma once
+#include <stdint.h>
+
+#if WIDEHEAD_VECTOR_BYTES > 16
+#include <immintrin.h>
+#endif
+
+namespace widehead::cpu::WIDEHEAD_ISA_NAME {
+
+using i64 = int64_t;
+
+#define WIDEHEAD_INLINE inline __attribute__((always_inline))
+
+template <class T>
+struct Simd;
+template <>
+struct Simd<float> {
+  typedef float V __attribute__((vector_size(WIDEHEAD_VECTOR_BYTES)));
+  typedef float Unaligned __attribute__((vector_size(WIDEHEAD_VECTOR_BYTES), aligned(4), may_alias));
+  typedef int32_t I __attribute__((vector_size(WIDEHEAD_VECTOR_BYTES)));
+  static constexpr int kLanes = WIDEHEAD_VECTOR_BYTES / 4;
+  static constexpr int32_t kMagnitude = 0x7FFFFFFF;
+};
+template <>
+struct Simd<double> {
+  typedef double V __attribute__((vector_size(WIDEHEAD_VECTOR_BYTES)));
+  typedef double Unaligned __attribute__((vector_size(WIDEHEAD_VECTOR_BYTES), aligned(8), may_alias));
+  typedef int64_t I __attribute__((vector_size(WIDEHEAD_VECTOR_BYTES)));
+  static constexpr int kLanes = WIDEHEAD_VECTOR_BYTES / 8;
+  static constexpr int64_t kMagnitude = 0x7FFFFFFFFFFFFFFF;
+};
+template <class T>
+using Vec = typename Simd<T>::V;
+
+template <class T>
+WIDEHEAD_INLINE Vec<T> load(const T* p) {
+  return *reinterpret_cast<const typename Simd<T>::Unaligned*>(p);
+}
+template <class T>
+WIDEHEAD_INLINE void store(T* p, Vec<T> v) {
+  *reinterpret_cast<typename Simd<T>::Unaligned*>(p) = v;
+}
+template <class T>
+WIDEHEAD_INLINE Vec<T> splat(T x) {
+  return x - Vec<T>{};
+}
+template <class V>
+WIDEHEAD_INLINE V max(V a, V b) {
+  return a > b ? a : b;  // b where a is NaN
+}
+template <class V>
+WIDEHEAD_INLINE V min(V a, V b) {
+  return a < b ? a : b;
+}
+template <class T>
+WIDEHEAD_INLINE Vec<T> abs(Vec<T> a) {
+  typedef typename Simd<T>::I I;
+  return (Vec<T>)((I)a & Simd<T>::kMagnitude);
+}
+template <class T>
+WIDEHEAD_INLINE T sum_lanes(Vec<T> v) {
+  T s = 0;
+  for (int i = 0; i < Simd<T>::kLanes; ++i) s += v[i];
+  return s;
+}
+template <class T>
+WIDEHEAD_INLINE T max_lanes(Vec<T> v) {
+  T m = v[0];
+  for (int i = 1; i < Simd<T>::kLanes; ++i) m = v[i] > m ? v[i] : m;
+  return m;
+}
+
+// Bit i is set where a[i] > b[i].
+WIDEHEAD_INLINE uint32_t greater_mask(Vec<float> a, Vec<float> b) {
+#if WIDEHEAD_VECTOR_BYTES == 64
+  return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GT_OQ);
+#elif WIDEHEAD_VECTOR_BYTES == 32
+  return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_GT_OQ)));
+#else
+  uint32_t m = 0;
+  for (int i = 0; i < Simd<float>::kLanes; ++i) m |= (a[i] > b[i] ? 1u : 0u) << i;
+  return m;
+#endif
+}
+WIDEHEAD_INLINE uint32_t greater_mask(Vec<double> a, Vec<double> b) {
+  uint32_t m = 0;
+  for (int i = 0; i < Simd<double>::kLanes; ++i) m |= (a[i] > b[i] ? 1u : 0u) << i;
+  return m;
+}
+
+// bfloat16 <-> float32, a vector at a time.
+typedef uint16_t HalfWidth __attribute__((vector_size(WIDEHEAD_VECTOR_BYTES / 2)));
+typedef uint16_t HalfWidthUnaligned __attribute__((vector_size(WIDEHEAD_VECTOR_BYTES / 2), aligned(2), may_alias));
+typedef uint32_t Words __attribute__((vector_size(WIDEHEAD_VECTOR_BYTES)));
+
+WIDEHEAD_INLINE Words load_words(const uint16_t* p) {
+  return __builtin_convertvector(*reinterpret_cast<const HalfWidthUnaligned*>(p), Words);
+}
+WIDEHEAD_INLINE Vec<float> load_bf16(const uint16_t* p) { return (Vec<float>)(load_words(p) << 16); }
+WIDEHEAD_INLINE void store_halves(uint16_t* p, Words w) {
+  *reinterpret_cast<HalfWidthUnaligned*>(p) = __builtin_convertvector(w, HalfWidth);
+}
+// Round to nearest even; NaN keeps a quiet bit.
+WIDEHEAD_INLINE Words bf16_bits(Vec<float> x) {
+  const Words u = (Words)x;
+  const Words rounded = (u + 0x7FFFu + ((u >> 16) & 1u)) >> 16;
+  const Words is_nan = (Words)((u & 0x7FFFFFFFu) > 0x7F800000u);
+  return (is_nan & ((u >> 16) | 0x40u)) | (~is_nan & rounded);
+}
+
+}  // namespace widehead::cpu::WIDEHEAD_ISA_NAME

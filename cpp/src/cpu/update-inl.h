@@ -1,0 +1,201 @@
+// update-inl.h -- optimiser steps on rows of a weight matrix, for every head
+#pragma once
+#include "cpu/kernels.h"
+#include "cpu/simd.h"
+#include "widehead/random.h"
+
+namespace widehead::cpu::WIDEHEAD_ISA_NAME {
+
+// Numbers of the step that do not depend on the element.
+template <class Real>
+struct UpdateScalars {
+  Real lr, momentum, decay, beta1, beta2, keep, step_size, inverse_bias2, eps;
+
+  explicit UpdateScalars(const Update& u)
+      : lr(static_cast<Real>(u.lr)),
+        momentum(static_cast<Real>(u.momentum)),
+        decay(static_cast<Real>(u.weight_decay)),
+        beta1(static_cast<Real>(u.beta1)),
+        beta2(static_cast<Real>(u.beta2)),
+        keep(static_cast<Real>(1.0 - u.lr * u.weight_decay)),
+        step_size(static_cast<Real>(u.lr / (1.0 - __builtin_pow(u.beta1, static_cast<double>(u.step))))),
+        inverse_bias2(static_cast<Real>(1.0 / (1.0 - __builtin_pow(u.beta2, static_cast<double>(u.step))))),
+        eps(static_cast<Real>(u.eps)) {}
+};
+
+// The weight after the step, before rounding. m and v are the element's moments.
+template <class Real>
+WIDEHEAD_INLINE Real stepped(const UpdateScalars<Real>& s, Optimizer kind, Real w, Real g, Real* m, Real* v, Real row_scale) {
+  if (kind == Optimizer::sgd) {
+    g += s.decay * w;
+    if (m) g = *m = s.momentum * *m + g;
+    return w - s.lr * g;
+  }
+  if (kind == Optimizer::adam) {
+    *m = s.beta1 * *m + (Real{1} - s.beta1) * g;
+    *v = s.beta2 * *v + (Real{1} - s.beta2) * g * g;
+    const Real root = sizeof(Real) == 4 ? static_cast<Real>(__builtin_sqrtf(static_cast<float>(*v * s.inverse_bias2)))
+                                        : static_cast<Real>(__builtin_sqrt(static_cast<double>(*v * s.inverse_bias2)));
+    return w * s.keep - s.step_size * *m / (root + s.eps);
+  }
+  return w * s.keep - row_scale * g;
+}
+
+// Adagrad with one accumulator a row: returns lr / (sqrt(sum of mean squares) + eps).
+template <class Real>
+Real adagrad_scale(const UpdateScalars<Real>& s, const Real* g, i64 n, Real* state) {
+  double total = 0;
+  for (i64 j = 0; j < n; ++j) total += static_cast<double>(g[j]) * static_cast<double>(g[j]);
+  *state += static_cast<Real>(total / static_cast<double>(n));
+  return static_cast<Real>(static_cast<double>(s.lr) / (__builtin_sqrt(static_cast<double>(*state)) + static_cast<double>(s.eps)));
+}
+
+template <Optimizer kKind, bool kMoments, class Real>
+void step_row(const UpdateScalars<Real>& s, Real* __restrict__ w, const Real* __restrict__ g, Real* __restrict__ m,
+              Real* __restrict__ v, Real row_scale, i64 n) {
+  for (i64 j = 0; j < n; ++j)
+    w[j] = stepped<Real>(s, kKind, w[j], g[j], kMoments ? m + j : nullptr, kKind == Optimizer::adam ? v + j : nullptr, row_scale);
+}
+
+template <class Real>
+void step_any(const Update& u, const UpdateScalars<Real>& s, Real* w, const Real* g, Real* m, Real* v, Real row_scale, i64 n) {
+  if (u.optimizer == Optimizer::adam) return step_row<Optimizer::adam, true>(s, w, g, m, v, row_scale, n);
+  if (u.optimizer == Optimizer::adagrad) return step_row<Optimizer::adagrad, false>(s, w, g, m, v, row_scale, n);
+  if (m) return step_row<Optimizer::sgd, true>(s, w, g, m, v, row_scale, n);
+  step_row<Optimizer::sgd, false>(s, w, g, m, v, row_scale, n);
+}
+
+// Eight columns share a Philox block; the loop over blocks vectorises.
+inline void round_stochastic(const RandomStream& stream, uint64_t row, i64 first_col, const float* x, uint16_t* out, i64 n) {
+  i64 j = 0;
+  for (; j < n && ((first_col + j) & 7); ++j)
+    out[j] = bf16_stochastic(x[j], stream.bits16(row, static_cast<uint64_t>(first_col + j)));
+  constexpr i64 kBlocks = 16;
+  for (; j + 8 <= n; j += 8 * kBlocks) {
+    const i64 blocks = (n - j) / 8 < kBlocks ? (n - j) / 8 : kBlocks;
+    uint32_t bits[4][kBlocks];
+    const uint32_t first = static_cast<uint32_t>((first_col + j) >> 3);
+    for (i64 b = 0; b < kBlocks; ++b) {
+      const Philox4 r = stream.block(row, first + static_cast<uint32_t>(b));
+      for (int q = 0; q < 4; ++q) bits[q][b] = r.v[q];
+    }
+    for (i64 b = 0; b < blocks; ++b)
+      for (int e = 0; e < 8; ++e)
+        out[j + b * 8 + e] = bf16_stochastic(x[j + b * 8 + e], (bits[e >> 1][b] >> ((e & 1) * 16)) & 0xFFFFu);
+    if (blocks < kBlocks) {
+      j += blocks * 8;
+      break;
+    }
+  }
+  for (; j < n; ++j) out[j] = bf16_stochastic(x[j], stream.bits16(row, static_cast<uint64_t>(first_col + j)));
+}
+
+// Kahan: what rounding loses now is added back before the next step.
+inline void round_kahan(const float* x, uint16_t* lost, uint16_t* out, i64 n) {
+  for (i64 j = 0; j < n; ++j) {
+    const float want = bf16_float(lost[j]) + x[j];
+    out[j] = bf16_nearest(want);
+    lost[j] = bf16_nearest(want - bf16_float(out[j]));
+  }
+}
+
+// `n` bfloat16 elements from `first_col` of the random stream `row`.
+inline void update_bf16(const Update& u, const UpdateScalars<float>& s, Purpose purpose, uint64_t row, i64 first_col,
+                        uint16_t* w, const float* g, float* m, float* v, uint16_t* lost, float row_scale, i64 n) {
+  constexpr i64 kChunk = 512;
+  float x[kChunk];
+  for (i64 j = 0; j < n; j += kChunk) {
+    const i64 len = n - j < kChunk ? n - j : kChunk;
+    for (i64 i = 0; i < len; ++i) x[i] = bf16_float(w[j + i]);
+    step_any<float>(u, s, x, g + j, m ? m + j : nullptr, v ? v + j : nullptr, row_scale, len);
+    if (lost) {
+      round_kahan(x, lost + j, w + j, len);
+    } else if (u.rounding == Rounding::stochastic) {
+      round_stochastic({u.seed, purpose, u.step}, row, first_col + j, x, w + j, len);
+    } else {
+      for (i64 i = 0; i < len; ++i) w[j + i] = bf16_nearest(x[i]);
+    }
+  }
+}
+
+template <class T>
+T* row_of(const AnyMatrix& m, i64 row) {
+  return m ? static_cast<T*>(m.data) + row * m.stride : nullptr;
+}
+template <class T>
+T* at(const AnyVector& v, i64 i) {
+  return v ? static_cast<T*>(v.data) + i : nullptr;
+}
+
+template <class Real>
+void update_row_as(const Update& u, AnyMatrix weight, i64 row, const Real* g) {
+  const UpdateScalars<Real> s(u);
+  Real* m = row_of<Real>(u.first, row);
+  Real* v = row_of<Real>(u.second, row);
+  Real row_scale = 0;
+  if (u.optimizer == Optimizer::adagrad) {
+    row_scale = adagrad_scale<Real>(s, g, weight.cols, v);
+    v = nullptr;
+  }
+  if constexpr (sizeof(Real) == 4) {
+    if (weight.dtype == Dtype::bf16)
+      return update_bf16(u, s, Purpose::rounding_weight, static_cast<uint64_t>(u.first_row + row), 0, row_of<uint16_t>(weight, row),
+                         g, m, v, row_of<uint16_t>(u.compensation, row), row_scale, weight.cols);
+  }
+  step_any<Real>(u, s, row_of<Real>(weight, row), g, m, v, row_scale, weight.cols);
+}
+
+inline void update_row(const Update& u, AnyMatrix weight, i64 row, const void* g) {
+  if (weight.dtype == Dtype::f64) return update_row_as<double>(u, weight, row, static_cast<const double*>(g));
+  update_row_as<float>(u, weight, row, static_cast<const float*>(g));
+}
+
+// A bias is float64 exactly when the weights are. Adagrad keeps one accumulator an element: each is a row of one column.
+template <class Real>
+void update_bias_as(const Update& u, AnyVector bias, i64 first, i64 n, const Real* g) {
+  const UpdateScalars<Real> s(u);
+  Real* m = at<Real>(u.bias_first, first);
+  Real* v = at<Real>(u.bias_second, first);
+  constexpr i64 kChunk = 64;
+  for (i64 j = 0; j < n; j += kChunk) {
+    const i64 len = n - j < kChunk ? n - j : kChunk;
+    Real x[kChunk];
+    for (i64 i = 0; i < len; ++i) {
+      const i64 e = first + j + i;
+      x[i] = bias.dtype == Dtype::f64   ? static_cast<Real>(static_cast<const double*>(bias.data)[e])
+             : bias.dtype == Dtype::f32 ? static_cast<Real>(static_cast<const float*>(bias.data)[e])
+                                        : static_cast<Real>(bf16_float(static_cast<const uint16_t*>(bias.data)[e]));
+    }
+    if (u.optimizer == Optimizer::adagrad) {
+      for (i64 i = 0; i < len; ++i) {
+        const Real row_scale = adagrad_scale<Real>(s, g + j + i, 1, v + j + i);
+        x[i] = x[i] * s.keep - row_scale * g[j + i];
+      }
+    } else {
+      step_any<Real>(u, s, x, g + j, m ? m + j : nullptr, v ? v + j : nullptr, Real{0}, len);
+    }
+    for (i64 i = 0; i < len; ++i) {
+      const i64 e = first + j + i;
+      if (bias.dtype == Dtype::f64) {
+        static_cast<double*>(bias.data)[e] = static_cast<double>(x[i]);
+      } else if (bias.dtype == Dtype::f32) {
+        static_cast<float*>(bias.data)[e] = static_cast<float>(x[i]);
+      } else {
+        const RandomStream stream{u.seed, Purpose::rounding_bias, u.step};
+        static_cast<uint16_t*>(bias.data)[e] =
+            u.rounding == Rounding::stochastic
+                ? bf16_stochastic(static_cast<float>(x[i]), stream.bits16(static_cast<uint64_t>(u.first_row + e), 0))
+                : bf16_nearest(static_cast<float>(x[i]));
+      }
+    }
+  }
+}
+
+inline void update_bias(const Update& u, AnyVector bias, i64 first, i64 n, const void* g) {
+  if (bias.dtype == Dtype::f64) return update_bias_as<double>(u, bias, first, n, static_cast<const double*>(g));
+  update_bias_as<float>(u, bias, first, n, static_cast<const float*>(g));
+}
+
+inline UpdateKernels update_table() { return {update_row, update_bias}; }
+
+}  // namespace widehead::cpu::WIDEHEAD_ISA_NAME

@@ -1,0 +1,23 @@
+// parts.h -- what the binding files share: one bind function a part, and the parsing of losses and updates
+#pragma once
+#include <nanobind/stl/string.h>
+
+#include <string>
+
+#include "array.h"
+#include "widehead/loss.h"
+#include "widehead/update.h"
+
+namespace widehead::python {
+
+void bind_dense(nb::module_& m);
+void bind_rows(nb::module_& m);
+
+// "softmax" | "bce" | "squared_hinge"; throws ShapeError naming the ones there are.
+Loss parse_loss(const std::string& name);
+
+// A fused update as Python writes it: a dict with the fields of widehead::Update; state arrays may be absent or None.
+// Throws ShapeError naming an unknown key or value.
+Update parse_update(nb::handle dict, Arrays& arrays);
+
+}  // namespace widehead::python
