@@ -45,12 +45,18 @@ def sum_dtype(weight: Tensor) -> torch.dtype:
     return torch.float64 if weight.dtype == torch.float64 else torch.float32
 
 
+def update_capsules(owner: Owner) -> dict[str, Any]:
+    """The owner's next step as the core takes it; its capsules serve one call."""
+    return {name: capsule(v) if isinstance(v, Tensor) else v for name, v in owner.update().items()}
+
+
 def fused_backward(owner: Owner, backward: Any, grad_hidden: Tensor | None) -> bool:
-    """Run `backward(factor, grad_hidden=, update=)` under the rules of the owner's GradScaler; False: overflow, no change.
+    """Run `backward(factor, grad_hidden=, update=)` under the rules of the owner's GradScaler; False: overflow, no
+    change.
 
     Gradients come in multiplied by the scale: the weights need them without it, the backbone with it.
     """
-    update = {k: capsule(v) if isinstance(v, Tensor) else v for k, v in owner.update().items()}
+    update = update_capsules(owner)
     scaler = owner.scaler()
     if scaler is None:
         backward(1.0, grad_hidden=capsule(grad_hidden), update=update)
@@ -72,5 +78,3 @@ def fused_backward(owner: Owner, backward: Any, grad_hidden: Tensor | None) -> b
             grad_hidden.fill_(torch.nan)
         return False
     return True
-
-

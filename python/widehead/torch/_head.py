@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
-from widehead._core import BackendError, DtypeError, Error, ShapeError
+from widehead._core import BackendError, DtypeError, Error, NonFiniteError, ShapeError
+from widehead.files import FileError, HeadFile, load_head, save_head
+from widehead.options import REDUCTIONS, choose
 
+from ._files import DTYPES, NAMES, take_parameters, to_array
 from ._owner import Owner
 from ._target import Target, parse_exclude, parse_target
 
 HIDDEN_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
-REDUCTIONS = ("none", "mean", "sum")
 
 
 class HeadOutput(NamedTuple):
@@ -44,12 +48,14 @@ class TopK(NamedTuple):
 class Head(nn.Module):
     """An output layer over very many classes that computes its own loss.
 
-    A subclass provides `weight` and `bias` and the four methods of one job each at the end of this class; it inherits
-    everything a user calls.
+    A subclass provides `weight` and `bias` and the methods of one job each at the end of this class; it inherits
+    everything that a user calls.
     """
 
     kind: ClassVar[str]
     losses: ClassVar[tuple[str, ...]]
+    # Constructor arguments that may be tensors: files keep them as tensors.
+    option_tensors: ClassVar[frozenset[str]] = frozenset({"class_weight"})
     weight: nn.Parameter
     bias: nn.Parameter | None
 
@@ -66,13 +72,11 @@ class Head(nn.Module):
         super().__init__()
         check(in_features >= 1, f"in_features: expected at least 1, got {in_features}")
         check(n_classes >= 1, f"n_classes: expected at least 1, got {n_classes}")
-        check(loss in self.losses, f"loss: expected one of {', '.join(self.losses)}, got {loss!r}")
-        check(reduction in REDUCTIONS, f"reduction: expected none, mean or sum, got {reduction!r}")
-        self.in_features = in_features
-        self.n_classes = n_classes
-        self.loss = loss
-        self.ignore_index = ignore_index
-        self.reduction = reduction
+        self.in_features = int(in_features)
+        self.n_classes = int(n_classes)
+        self.loss = choose(loss, self.losses, "loss")
+        self.ignore_index = int(ignore_index)
+        self.reduction = choose(reduction, REDUCTIONS, "reduction")
         self.class_weight = checked_class_weight(class_weight, n_classes)
         self._owner: Owner | None = None
         self._anchor: Tensor | None = None
@@ -85,15 +89,16 @@ class Head(nn.Module):
 
         Args:
             hidden: `[..., in_features]`; float32, bfloat16 or float16, or float64 with float64 weights.
-            target: int64 of shape `[...]`, `ignore_index` where an example has none; or, for several classes an example,
-                a `torch.sparse_csr_tensor` `[B, n_classes]` (values are weights) or `widehead.Labels`, with B the product
-                of `[...]`.
+            target: int64 of shape `[...]`, `ignore_index` where an example has none; or, for several classes an
+                example, a `torch.sparse_csr_tensor` `[B, n_classes]` (values are weights) or `widehead.Labels`, with B
+                the product of `[...]`.
             sample_weight: floating, `[...]`: multiplies the examples' losses; `mean` divides by their sum.
             return_lse: also return the log-sum-exp of the logits (softmax losses).
 
         Returns:
             `HeadOutput(output, loss)`: `output` `[...]` is the target's log-probability (softmax) or score, summed over
-            targets by weight; `loss` is 0-d, or `[...]` for `reduction="none"`. Both float32 (float64 with float64 weights).
+            targets by weight; `loss` is 0-d, or `[...]` for `reduction="none"`. Both float32 (float64 with float64
+            weights).
 
         Raises:
             ShapeError, DtypeError, BackendError: hidden or target does not fit the head.
@@ -117,12 +122,12 @@ class Head(nn.Module):
             exclude: classes that must not appear, as a `torch.sparse_csr_tensor` `[B, n_classes]` or `widehead.Labels`.
 
         Returns:
-            `TopK(scores, classes)`, both `[..., k]`; equal scores in order of class. Where `exclude` leaves fewer than k
-            classes, the rest has score -infinity and class -1.
+            `TopK(scores, classes)`, both `[..., k]`; equal scores in order of class. Where `exclude` leaves fewer than
+            k classes, the rest has score -infinity and class -1.
         """
         rows, batch = self._rows(hidden)
         check(1 <= k <= self.n_classes, f"k: expected 1 .. {self.n_classes}, got {k}")
-        scores, classes, _ = self._topk_rows(rows, k, *parse_exclude(exclude, batch, self.n_classes, hidden.device))
+        scores, classes = self._topk_rows(rows, k, *parse_exclude(exclude, batch, self.n_classes, hidden.device))
         return TopK(scores.reshape(*batch, k), classes.reshape(*batch, k))
 
     def predict(self, hidden: Tensor) -> Tensor:
@@ -131,7 +136,8 @@ class Head(nn.Module):
 
     @torch.no_grad()
     def scores(self, hidden: Tensor, classes: Tensor | None = None) -> Tensor:
-        """Scores (logits) of the given classes, int64 `[..., n]` or `[n]` for every example; of all when None. No gradient.
+        """Scores (logits) of the given classes, int64 `[..., n]` or `[n]` for every example; of all when None. No
+        gradient.
 
         Returns:
             float32 (float64) `[..., n]`, or `[..., n_classes]`, which is as large as it looks.
@@ -149,19 +155,67 @@ class Head(nn.Module):
 
     @torch.no_grad()
     def log_prob(self, hidden: Tensor, classes: Tensor | None = None) -> Tensor:
-        """Log-probabilities of the given classes (int64 `[..., n]` or `[n]`), or of all; shapes as `scores`. No gradient.
+        """Log-probabilities of the given classes (int64 `[..., n]` or `[n]`), or of all; shapes as `scores`. No
+        gradient.
 
-        Softmax losses: z - lse(z). `bce`: log sigmoid(z), each class by itself. Raises ShapeError for other losses, whose
+        Softmax losses: z - lse(z). `bce`: log sigmoid(z), each class by itself. Raises ShapeError for other losses,
+            whose
         scores are not probabilities.
         """
+        known = self.loss == "bce" or "softmax" in self.loss
+        check(known, f"log_prob: expected a softmax loss or bce, this head has loss={self.loss!r}")
         scores = self.scores(hidden, classes)
-        if self.loss == "bce":
-            return nn.functional.logsigmoid(scores)
-        check("softmax" in self.loss, f"log_prob: expected a softmax loss or bce, this head has loss={self.loss!r}")
-        if classes is None:
-            return scores.log_softmax(-1)
+        return nn.functional.logsigmoid(scores) if self.loss == "bce" else scores.sub_(self.lse(hidden).unsqueeze(-1))
+
+    @torch.no_grad()
+    def lse(self, hidden: Tensor) -> Tensor:
+        """The log-sum-exp of all logits of each example: float32 (float64) `[...]`. No gradient; `return_lse` has
+        one.
+        """
         rows, batch = self._rows(hidden)
-        return scores - self._topk_rows(rows, 1, None, None)[2].reshape(*batch, 1)
+        return self._lse_rows(rows).reshape(batch)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the head to a safetensors file, which appears under its name only when it is complete.
+
+        `load` reads it, and so does the class of the same name in `widehead.numpy`. An optimiser's state is not in it:
+        `torch.save(optimizer.state_dict(), ...)` keeps that.
+        """
+        tensors = {name: to_array(tensor) for name, tensor in {**self._named(), **self._option_tensors()}.items()}
+        config = {
+            "in_features": self.in_features,
+            "n_classes": self.n_classes,
+            "loss": self.loss,
+            "ignore_index": self.ignore_index,
+            "reduction": self.reduction,
+            "bias": self.bias is not None,
+            "dtype": NAMES[self.weight.dtype],
+            **self._config(),
+        }
+        save_head(path, HeadFile(self.kind, config, tensors))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], device: Any = None) -> Self:
+        """Read a head that this class, or the class of the same name in `widehead.numpy`, has saved.
+
+        Raises:
+            FileError: the file is damaged, truncated, foreign, newer, or holds another kind of head.
+        """
+        file = load_head(path, cls.kind)
+        try:
+            config, tensors = dict(file.config), dict(file.tensors)
+            for name in cls.option_tensors & set(tensors):
+                config[name] = tensors.pop(name)
+            dtype = DTYPES[config.pop("dtype")]
+            build: Any = cls  # the constructor of the subclass, with its own options
+            head: Self = build(config.pop("in_features"), config.pop("n_classes"), dtype=dtype, device="meta", **config)
+            for name, tensor in take_parameters(tensors, head._named(), device).items():
+                setattr(head, name, nn.Parameter(tensor))
+        except (Error, KeyError, TypeError, ValueError) as error:
+            reason = f"no {error}" if isinstance(error, KeyError) else str(error)
+            raise FileError(f"{path}: a saved {cls.kind} that this version cannot build: {reason}") from error
+        head._move_options(head.weight.device)
+        return head
 
     def release(self) -> None:
         """Take the weights back from the fused optimiser that owns them; they are plain parameters again."""
@@ -171,6 +225,9 @@ class Head(nn.Module):
     def owned_parameters(self) -> list[nn.Parameter]:
         """What a fused optimiser updates."""
         return [self.weight] if self.bias is None else [self.weight, self.bias]
+
+    def _named(self) -> dict[str, Tensor]:
+        return {"weight": self.weight} if self.bias is None else {"weight": self.weight, "bias": self.bias}
 
     def enter_ownership(self, owner: Owner) -> None:
         self._owner, self._anchor, self._control = owner, owner.anchor, owner.control
@@ -188,7 +245,7 @@ class Head(nn.Module):
 
     def extra_repr(self) -> str:
         parts = [f"in_features={self.in_features}, n_classes={self.n_classes}, loss={self.loss!r}"]
-        parts += [f"{name}={value!r}" for name, value in self._options().items() if value]
+        parts += [f"{name}={value!r}" for name, value in self._config().items() if value and name != "seed"]
         if self.bias is None:
             parts.append("bias=False")
         if self.reduction != "mean":
@@ -207,9 +264,11 @@ class Head(nn.Module):
         if hidden.dtype == torch.float64 and self.weight.dtype != torch.float64:
             raise DtypeError(f"hidden: float64 needs float64 weights, this head's are {self.weight.dtype}")
         if self.weight.is_meta:
-            raise BackendError("weight is on the meta device: call to_empty(device=...), then load or reset_parameters()")
+            raise BackendError(
+                "weight is on the meta device: call to_empty(device=...), then reset_parameters() or load"
+            )
         if hidden.device != self.weight.device:
-            raise BackendError(f"hidden: expected a tensor on {self.weight.device} like weight, got one on {hidden.device}")
+            raise BackendError(f"hidden: expected it on {self.weight.device} like weight, got it on {hidden.device}")
         return hidden.reshape(-1, self.in_features), hidden.shape[:-1]
 
     def _reduce(self, losses: Tensor, target: Target, sample_weight: Tensor | None, batch: torch.Size) -> Tensor:
@@ -268,22 +327,34 @@ class Head(nn.Module):
     # What a subclass provides.
 
     def _losses(self, rows: Tensor, target: Target) -> tuple[Tensor, Tensor, Tensor]:
-        """losses, output and lse of `[B, in_features]` rows, before any reduction; each `[B]`, lse empty if there is none."""
+        """losses, output and lse of `[B, in_features]` rows, before any reduction; each `[B]`, lse empty if there is
+        none.
+        """
         raise Error(f"{type(self).__name__} has no losses")
 
     def _topk_rows(
         self, rows: Tensor, k: int, exclude_indptr: Tensor | None, exclude_indices: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """scores and classes `[B, k]` and the log-sum-exp `[B]`."""
+    ) -> tuple[Tensor, Tensor]:
+        """scores and classes, `[B, k]`."""
         raise Error(f"{type(self).__name__} has no topk")
 
     def _score_rows(self, rows: Tensor, classes: Tensor | None) -> Tensor:
         """Scores of classes `[B, n]`, or of all."""
         raise Error(f"{type(self).__name__} has no scores")
 
-    def _options(self) -> dict[str, Any]:
-        """The subclass's own constructor options, by name; those that are off are false."""
+    def _lse_rows(self, rows: Tensor) -> Tensor:
+        """Log-sum-exp of all logits, `[B]`."""
+        raise Error(f"{type(self).__name__} has no lse")
+
+    def _config(self) -> dict[str, Any]:
+        """The subclass's own constructor arguments by name, as JSON keeps them; None, 0 and False where they are
+        off.
+        """
         return {}
+
+    def _option_tensors(self) -> dict[str, Tensor]:
+        """Those of `option_tensors` that this head has."""
+        return {} if self.class_weight is None else {"class_weight": self.class_weight}
 
 
 def check(condition: bool, message: str) -> None:
@@ -297,7 +368,8 @@ def checked_class_weight(class_weight: Any, n_classes: int) -> Tensor | None:
     tensor = torch.as_tensor(class_weight).detach().to(torch.float32).contiguous()
     check(tuple(tensor.shape) == (n_classes,), f"class_weight: expected shape [{n_classes}], got {list(tensor.shape)}")
     low, high = float(tensor.min()), float(tensor.max())
-    check(low >= 0 and math.isfinite(high), f"class_weight: expected finite numbers of at least 0, got {low} .. {high}")
+    if not (low >= 0 and math.isfinite(high)):
+        raise NonFiniteError(f"class_weight: expected finite numbers of at least 0, got {low} to {high}")
     return tensor
 
 

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from ._head import Head
     from .optim import FusedOptimizer
 
-# Slots of the control tensor of an owned head, int64 on the CPU. It travels through autograd and compiled graphs in place
-# of the owner: the op finds the owner by its handle when it runs, so no learning rate, step number or moment is ever
-# frozen into a graph.
+# Slots of the control tensor of an owned head, int64 on the CPU. It travels through autograd and compiled graphs in
+# place of the owner: the op finds the owner by its handle when it runs, so no learning rate, step number or moment is
+# ever frozen into a graph.
 HANDLE = 0
 PENDING = 1  # 1 from the update in backward until the optimiser's step()
 
@@ -29,7 +29,8 @@ class Owner:
     """One head in the hands of one fused optimiser.
 
     `anchor` is a 0-d leaf that requires grad: it makes backward reach the head when neither the weights nor the hidden
-    states do. Its gradient is the head's report: 0 after an update, infinity when an overflow kept everything as it was.
+    states do. Its gradient is the head's report: 0 after an update, infinity when an overflow kept everything as it
+    was.
     """
 
     def __init__(self, head: Head, optimizer: FusedOptimizer, group_index: int) -> None:
@@ -56,13 +57,13 @@ class Owner:
 def owner_of(control: Tensor) -> Owner:
     owner = _owners.get(int(control[HANDLE]))
     if owner is None:
-        raise Error("the fused optimiser that owned this head is gone; give the head to a new one, or call head.release()")
+        raise Error("the fused optimiser that owned this head is gone: run the forward pass again")
     return owner
 
 
 def refuse_second_backward(name: str) -> Error:
     return Error(
-        f"second backward through {name} before its optimiser's step(): in fused mode backward itself updates the weights, "
-        "so gradient accumulation, retain_graph and a second use of the same graph are refused; call opt.step() after each "
-        "backward, or train the head in plain mode with a torch.optim optimiser"
+        f"second backward through {name} before its optimiser's step(): in fused mode backward itself updates the "
+        "weights, so gradient accumulation, retain_graph and a second use of the same graph are refused; call step() "
+        "after each backward, or train the head in plain mode with a torch.optim optimiser"
     )

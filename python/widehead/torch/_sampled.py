@@ -1,7 +1,7 @@
 """_sampled.py -- sampled softmax as three operators: choose the classes, gather their rows, bring their gradients home.
 
-Between the last two stands the dense head's own loss over the gathered rows. The choice draws its key from torch's generator, as
-dropout does: `torch.manual_seed` repeats a run, and gradient checkpointing draws the same classes again.
+Between the last two stands the dense head's own loss over the gathered rows. The choice draws its key from torch's
+generator, as dropout does: `torch.manual_seed` repeats a run, and gradient checkpointing draws the same classes again.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from widehead import _core
 from widehead._core import Error, NonFiniteError, ShapeError
 from widehead.sampling import Proposal, sample_classes
 
-from ._glue import capsule, follow_threads
+from ._glue import capsule, follow_threads, update_capsules
 from ._owner import PENDING, owner_of, refuse_second_backward
 
 # Proposals by key: operators take tensors and numbers only.
@@ -41,11 +41,11 @@ def sample_rows(
 
     Args:
         indices: the batch's labels int64 `[B]` or `[nnz]`; seed: 0-d int64, the key of the draws.
-        padded: bring rows to the length that no data decides, len(indices) + negatives (compiled graphs want that); padding is
-            -1 with offset -infinity.
+        padded: bring rows to the length that no data decides, len(indices) + negatives (compiled graphs want that);
+            padding is -1 with offset -infinity.
     Returns:
-        rows int64 `[A]`, distinct and ascending; offset float32 `[A]` for their logits; the labels as positions in rows, shaped
-        as indices; and the number of rows that are no padding, 0-d int64 on the CPU.
+        rows int64 `[A]`, distinct and ascending; offset float32 `[A]` for their logits; the labels as positions in
+        rows, shaped as indices; and the number of rows that are no padding, 0-d int64 on the CPU.
     """
     picked = sample_classes(
         _proposals[proposal], negatives, indices.cpu().numpy(), seed=int(seed), step=0, ignore_index=ignore_index
@@ -123,11 +123,6 @@ def update_rows(
     report = torch.zeros((), dtype=torch.float32, device=weight.device)
     if not n:
         return report
-    # Whatever was not finite in hidden or in the incoming gradients is not finite here either.
-    if not all(bool(torch.isfinite(g[:n]).all()) for g in (grad, grad_bias) if g is not None):
-        if owner.scaler() is None:
-            raise NonFiniteError(f"hidden or its gradient has a NaN or infinite value; {owner.name} is as it was")
-        return report.fill_(torch.inf)
     scaler = owner.scaler()
     scale = 1.0 if scaler is None else float(scaler.get_scale())
 
@@ -137,14 +132,20 @@ def update_rows(
         return capsule((gradient[:n] / scale if scale != 1.0 else gradient[:n]).contiguous())
 
     follow_threads()
-    _core.update_rows(
-        weight=capsule(weight),
-        rows=capsule(rows[:n]),
-        grad=ready(grad),
-        bias=capsule(bias),
-        grad_bias=ready(grad_bias),
-        update={k: capsule(v) if isinstance(v, Tensor) else v for k, v in owner.update().items()},
-    )
+    try:
+        # What was not finite in hidden or in the incoming gradients is not finite here either.
+        _core.update_rows(
+            weight=capsule(weight),
+            rows=capsule(rows[:n]),
+            grad=ready(grad),
+            bias=capsule(bias),
+            grad_bias=ready(grad_bias),
+            update=update_capsules(owner),
+        )
+    except NonFiniteError:
+        if scaler is None:
+            raise
+        return report.fill_(torch.inf)
     control[PENDING] = 1
     return report
 

@@ -11,7 +11,9 @@ from widehead._core import BackendError, DtypeError, ShapeError
 
 
 class Target(NamedTuple):
-    """One class a row (`indptr` None, `indices` int64 `[B]`), or CSR: rows `indptr` `[B + 1]`, classes, weights or None."""
+    """One class a row (`indptr` None, `indices` int64 `[B]`), or CSR: rows `indptr` `[B + 1]`, classes, weights or
+    None.
+    """
 
     indptr: Tensor | None
     indices: Tensor
@@ -35,7 +37,7 @@ def parse_target(target: Any, batch: torch.Size, n_classes: int, device: torch.d
     if target.dtype != torch.int64:
         raise DtypeError(f"target: expected int64 class numbers, got {target.dtype}; convert with target.long()")
     if target.shape != batch:
-        raise ShapeError(f"target: expected shape {tuple(batch)} like hidden without its last axis, got {_shape(target)}")
+        raise ShapeError(f"target: expected shape {list(batch)} as hidden without its last axis, got {_shape(target)}")
     _check_device(target, device, "target")
     return Target(None, target.reshape(-1).contiguous(), None)
 
@@ -54,7 +56,7 @@ def parse_exclude(
 def _parse_csr(target: Tensor, batch: torch.Size, n_classes: int, device: torch.device, name: str) -> Target:
     rows = batch.numel()
     if tuple(target.shape) != (rows, n_classes):
-        raise ShapeError(f"{name}: expected a sparse matrix of shape ({rows}, {n_classes}), got {_shape(target)}")
+        raise ShapeError(f"{name}: expected a sparse matrix of shape [{rows}, {n_classes}], got {_shape(target)}")
     _check_device(target, device, name)
     return Target(
         target.crow_indices().to(torch.int64).contiguous(),
@@ -68,7 +70,7 @@ def _parse_labels(labels: Any, batch: torch.Size, n_classes: int, device: torch.
         indptr, indices, values, width = labels.indptr, labels.indices, labels.values, labels.n_classes
     except AttributeError:
         raise DtypeError(
-            f"{name}: expected an int64 tensor, a torch.sparse_csr_tensor or widehead.Labels, got {type(labels).__name__}"
+            f"{name}: expected a tensor, a torch.sparse_csr_tensor or widehead.Labels, got {type(labels).__name__}"
         ) from None
     rows = batch.numel()
     if width != n_classes or indptr.shape[0] != rows + 1:
@@ -92,5 +94,5 @@ def _check_device(tensor: Tensor, device: torch.device, name: str) -> None:
         raise BackendError(f"{name}: expected a tensor on {device} like hidden, got one on {tensor.device}")
 
 
-def _shape(tensor: Tensor) -> tuple[int, ...]:
-    return tuple(tensor.shape)
+def _shape(tensor: Tensor) -> list[int]:
+    return list(tensor.shape)

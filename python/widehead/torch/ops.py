@@ -1,6 +1,7 @@
 """ops.py -- the dense head's kernels as torch operators, with fake kernels and derivatives.
 
-Every operator allocates its outputs and hands DLPack capsules to the core. Shapes: B rows of hidden, d features, D classes.
+Every operator allocates its outputs and hands DLPack capsules to the core. Shapes: B rows of hidden, d features, D
+classes.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from widehead._core import Error, NonFiniteError
 
 from ._glue import capsule, follow_threads, fused_backward, rows, stream_of, sum_dtype
 from ._owner import PENDING, owner_of, refuse_second_backward
+
 
 def _layer(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> dict[str, Any]:
     follow_threads()
@@ -81,8 +83,8 @@ def dense_loss(
         indptr, indices, values: one class a row, int64 `[B]`, when `indptr` is None; else CSR.
         anchor, control: of the fused optimiser that owns the head (both or neither): backward then updates the weights.
     Returns:
-        losses `[B]`, output `[B]` (target log-probability or score) and lse `[B]` (softmax; else empty), float32 or, with
-        float64 weights, float64.
+        losses `[B]`, output `[B]` (target log-probability or score) and lse `[B]` (softmax; else empty), float32 or,
+        with float64 weights, float64.
     """
     kind = sum_dtype(weight)
     losses, output = (torch.empty(hidden.shape[0], dtype=kind, device=hidden.device) for _ in range(2))
@@ -101,7 +103,7 @@ def dense_loss(
 
 @dense_loss.register_fake
 def _(
-    hidden: Tensor, weight: Tensor, bias: Any, offset: Any, indptr: Any, indices: Tensor, values: Any, class_weight: Any,
+    hidden: Tensor, weight: Tensor, bias: Any, offset: Any, indptr: Any, indices: Any, values: Any, class_weight: Any,
     anchor: Any, control: Any, loss: str, *_options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     kind = sum_dtype(weight)
@@ -157,6 +159,10 @@ def dense_grad(
         # As every torch layer: the gradient is not a number, and whoever looks at it (a GradScaler) skips the step.
         for gradient in outputs:
             gradient.fill_(torch.nan)
+    if hidden.dtype == torch.float16 and not torch.isfinite(grad_hidden).all():
+        # float16 could not carry the gradient to the backbone: then the weights must not take their step either.
+        grad_weight.fill_(torch.nan)
+        grad_bias.fill_(torch.nan)
     return outputs
 
 
@@ -262,7 +268,7 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, anchor, control = inputs[:10]
+    *tensors, _, control = inputs[:10]
     ctx.save_for_backward(*tensors, control, output[2])
     ctx.options = inputs[10:]
     ctx.fused = control is not None
@@ -308,12 +314,10 @@ def dense_topk(
     k: int,
     exclude_indptr: Tensor | None,
     exclude_indices: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The k best classes of every row: scores `[B, k]`, classes int64 `[B, k]`, and lse `[B]` of all logits."""
-    kind = sum_dtype(weight)
-    scores = torch.empty(hidden.shape[0], k, dtype=kind, device=hidden.device)
+) -> tuple[Tensor, Tensor]:
+    """The k best classes of every row: scores `[B, k]` float32 (float64) and classes `[B, k]` int64."""
+    scores = torch.empty(hidden.shape[0], k, dtype=sum_dtype(weight), device=hidden.device)
     classes = torch.empty(hidden.shape[0], k, dtype=torch.int64, device=hidden.device)
-    lse = torch.empty(hidden.shape[0], dtype=kind, device=hidden.device)
     if hidden.shape[0]:
         _core.dense_topk(
             **_layer(hidden, weight, bias),
@@ -323,27 +327,18 @@ def dense_topk(
             exclude_indices=capsule(exclude_indices),
             scores=capsule(scores),
             classes=capsule(classes),
-            lse=capsule(lse),
         )
-    return scores, classes, lse
+    return scores, classes
 
 
 @dense_topk.register_fake
-def _(
-    hidden: Tensor, weight: Tensor, bias: Any, softcap: float, k: int, *_exclude: Any
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    kind = sum_dtype(weight)
-    return (
-        hidden.new_empty(hidden.shape[0], k, dtype=kind),
-        hidden.new_empty(hidden.shape[0], k, dtype=torch.int64),
-        hidden.new_empty(hidden.shape[0], dtype=kind),
-    )
+def _(hidden: Tensor, weight: Tensor, bias: Any, softcap: float, k: int, *_exclude: Any) -> tuple[Tensor, Tensor]:
+    rows = hidden.shape[0]
+    return hidden.new_empty(rows, k, dtype=sum_dtype(weight)), hidden.new_empty(rows, k, dtype=torch.int64)
 
 
 @custom_op("widehead::dense_scores", mutates_args=())
-def dense_scores(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float, classes: Tensor | None
-) -> Tensor:
+def dense_scores(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float, classes: Tensor | None) -> Tensor:
     """Logits of the classes int64 `[B, n]`, or of all of them `[B, D]` when None; float32 (float64)."""
     n = weight.shape[0] if classes is None else classes.shape[1]
     scores = torch.empty(hidden.shape[0], n, dtype=sum_dtype(weight), device=hidden.device)

@@ -4,10 +4,11 @@
     loss.backward()       # the head's weights are updated here
     optimizer.step()      # counts the step; refuses nothing, moves nothing
 
-They own their heads' weights: `requires_grad` is False, and a plain torch optimiser trains the rest of the network. What needs
-the whole gradient before the step is out of reach: gradient accumulation and double backward are refused with an error, and
-gradient clipping must leave the head out (`clip_grad_norm_(backbone.parameters(), ...)`: the head has no `.grad` to clip).
-Under `DistributedDataParallel` every rank would update its own copy: train data-parallel heads in plain mode.
+They own their heads' weights: `requires_grad` is False, and a plain torch optimiser trains the rest of the network.
+What needs the whole gradient before the step is out of reach: gradient accumulation and double backward are refused
+with an error, and gradient clipping must leave the head out (`clip_grad_norm_(backbone.parameters(), ...)`: the head
+has no `.grad` to clip). Under `DistributedDataParallel` every rank would update its own copy: train data-parallel heads
+in plain mode.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from widehead._core import Error, ShapeError
+from widehead._core import BackendError, Error, ShapeError
 
 from ._head import Head, check
 from ._owner import PENDING, Owner
@@ -29,8 +30,8 @@ ROUNDINGS = ("nearest", "stochastic", "kahan")
 class FusedOptimizer(torch.optim.Optimizer):
     """What the fused optimisers share: owning heads, counting steps, keeping state.
 
-    A parameter group takes its heads as `{"heads": [...], "lr": ...}`; in `param_groups` each head shows up as its anchor (a
-    0-d tensor that carries the head's report to a GradScaler) followed by its weight and bias.
+    A parameter group takes its heads as `{"heads": [...], "lr": ...}`; in `param_groups` each head shows up as its
+    anchor (a 0-d tensor that carries the head's report to a GradScaler) followed by its weight and bias.
     """
 
     optimizer_name: str  # the core's
@@ -47,7 +48,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._owners: list[Owner] = []
         # In the parameter group, so that a checkpoint resumes with the same random rounding.
         seed = int(torch.randint(2**63 - 1, ())) if seed is None else seed
-        groups = [heads] if isinstance(heads, Head) else list(heads)
+        groups: list[Any] = [heads] if isinstance(heads, Head) else list(heads)
         if groups and all(isinstance(head, Head) for head in groups):
             groups = [{"heads": groups}]
         try:
@@ -57,7 +58,8 @@ class FusedOptimizer(torch.optim.Optimizer):
                 self.release(owner.head)
             raise
 
-    # A GradScaler hands such an optimiser its scale instead of deciding for it: step() can then see a forgotten grad_scaler=.
+    # A GradScaler hands such an optimiser its scale instead of deciding for it: step() can then see a forgotten
+    # grad_scaler=.
     _step_supports_amp_scaling = True
 
     def add_param_group(self, param_group: dict[str, Any] | Head) -> None:
@@ -71,10 +73,12 @@ class FusedOptimizer(torch.optim.Optimizer):
         heads = [heads] if isinstance(heads, Head) else list(heads or [])
         check(
             bool(heads) and "params" not in group and all(isinstance(head, Head) for head in heads),
-            f"heads: expected widehead heads, got {sorted(param_group) if isinstance(param_group, dict) else param_group}; "
-            "other parameters belong to a torch.optim optimiser of their own",
+            f"heads: expected widehead heads, got {heads or group.get('params')}; other parameters belong to a "
+            "torch.optim optimiser of their own",
         )
         for head in heads:
+            if head.weight.is_meta:
+                raise BackendError("weight is on the meta device: call to_empty(device=...) first")
             if head._owner is not None:
                 raise ShapeError(
                     f"heads: {head._owner.name} is owned by a {type(head._owner.optimizer).__name__} already; "
@@ -103,16 +107,18 @@ class FusedOptimizer(torch.optim.Optimizer):
         head.leave_ownership()
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Close the step that backward has taken: count it and let the next backward pass. Nothing to close: no effect."""
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Close the step that backward has taken: count it and let the next backward pass. Nothing to close: no
+        effect.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         if getattr(self, "grad_scale", None) is not None and self.grad_scaler is None:
             raise Error(
-                f"a GradScaler drives this optimiser but {type(self).__name__} does not know it: the update in backward saw "
-                f"scaled gradients; construct it with grad_scaler=scaler"
+                f"a GradScaler drives this optimiser but {type(self).__name__} does not know it: the update in "
+                "backward saw scaled gradients; construct it with grad_scaler=scaler"
             )
         for owner in self._owners:
             if owner.control[PENDING]:
@@ -134,8 +140,8 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         raise Error(
-            f"{type(self).__name__} cannot be copied or pickled: it is bound to its heads; save state_dict() and load it into "
-            "a new one"
+            f"{type(self).__name__} cannot be copied or pickled: it is bound to its heads; save state_dict() and load "
+            "it into a new one"
         )
 
     def core_update(self, owner: Owner) -> dict[str, Any]:
@@ -159,18 +165,22 @@ class FusedOptimizer(torch.optim.Optimizer):
             update["compensation"] = self._state_of(head.weight)["compensation"]
         return update
 
-    def grow(self, owner: Owner, old: dict[nn.Parameter, int]) -> None:
-        """Extend the state of parameters that have got more rows (`old`: how many they had): zeros, as at the start."""
-        for parameter, rows in old.items():
+    def grow(self, owner: Owner, old: int) -> None:
+        """Extend the state of a head that had `old` classes: zeros for the new ones, as at the start."""
+        for parameter in owner.head.owned_parameters():
             for key, value in self.state.get(parameter, {}).items():
                 if value.dim():
-                    fresh = value.new_zeros(parameter.shape[0] - rows, *value.shape[1:])
+                    fresh = value.new_zeros(parameter.shape[0] - old, *value.shape[1:])
                     self.state[parameter][key] = torch.cat([value, fresh])
 
     def _state_of(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         """The parameter's state, made at its first use."""
+        group = next((g for g in self.param_groups if any(p is parameter for p in g["params"])), None)
+        if group is None:
+            raise Error(
+                "a parameter of the head was replaced after the fused optimiser took it: release() the head first"
+            )
         state = self.state[parameter]
-        group = next(g for g in self.param_groups if any(p is parameter for p in g["params"]))
         kind = torch.float64 if parameter.dtype == torch.float64 else torch.float32
         for key in self._moments(group):
             if key not in state:
@@ -187,7 +197,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         check(group["weight_decay"] >= 0, f"weight_decay: expected at least 0, got {group['weight_decay']}")
         rounding = group["rounding"]
         check(
-            rounding is None or rounding in ROUNDINGS, f"rounding: expected {', '.join(ROUNDINGS)} or None, got {rounding!r}"
+            rounding is None or rounding in ROUNDINGS,
+            f"rounding: expected {', '.join(ROUNDINGS)} or None, got {rounding!r}",
         )
 
     def _moments(self, group: dict[str, Any]) -> tuple[str, ...]:
@@ -207,10 +218,12 @@ class FusedSGD(FusedOptimizer):
         heads: a head, a list of them, or groups `{"heads": [...], "lr": ...}`. They are owned from now on.
         lr: learning rate, read at every backward: schedulers work.
         momentum, weight_decay: as in torch.optim.SGD. With sampled softmax they act on the rows a step touches.
-        rounding: how bfloat16 weights are rounded: "stochastic" (None), "nearest", or "kahan", which keeps the lost bits
-            in one more bfloat16 a weight.
-        grad_scaler: the `torch.amp.GradScaler` in use. Gradients that come in are unscaled, and an overflow leaves the head as
-            it was and reaches the scaler: `scaler.step(...)` skips head and backbone together. One that shows up only deeper
+        rounding: how bfloat16 weights are rounded: "stochastic" (None), "nearest", or "kahan", which keeps the lost
+            bits in one more bfloat16 a weight.
+        grad_scaler: the `torch.amp.GradScaler` in use. Gradients that come in are unscaled, and an overflow leaves the
+            head as
+            it was and reaches the scaler: `scaler.step(...)` skips head and backbone together. One that shows up only
+                deeper
             in the backbone comes after the head's update.
         seed: of stochastic rounding; None draws one from torch's generator.
 
@@ -250,7 +263,8 @@ class FusedSGD(FusedOptimizer):
 class FusedAdam(FusedOptimizer):
     """Adam with decoupled weight decay inside backward: `torch.optim.AdamW` without its gradient (arXiv 1711.05101).
 
-    w -= lr weight_decay w; m, v are the moments with bias correction; w -= lr m / (sqrt(v) + eps). The moments are float32.
+    w -= lr weight_decay w; m, v are the moments with bias correction; w -= lr m / (sqrt(v) + eps). The moments are
+    float32.
 
     Args:
         betas, eps, weight_decay: as in torch.optim.AdamW, but weight_decay is 0 unless given. Sampled softmax moves the
@@ -278,7 +292,10 @@ class FusedAdam(FusedOptimizer):
 
     def _check_group(self, group: dict[str, Any], heads: list[Head]) -> None:
         super()._check_group(group, heads)
-        check(all(0 <= b < 1 for b in group["betas"]), f"betas: expected two of at least 0 and below 1, got {group['betas']}")
+        check(
+            all(0 <= b < 1 for b in group["betas"]),
+            f"betas: expected two of at least 0 and below 1, got {group['betas']}",
+        )
         check(group["eps"] >= 0, f"eps: expected at least 0, got {group['eps']}")
 
     def _moments(self, group: dict[str, Any]) -> tuple[str, ...]:
