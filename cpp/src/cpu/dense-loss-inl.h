@@ -35,8 +35,7 @@ void finish_logits(const DenseContext& ctx, const Tile<M>& t, i64 b0, typename M
       for (int v = 0; v < vectors; ++v) store(z + c * kP + v * kLanes, load(z + c * kP + v * kLanes) + t.add[c]);
   if (cap > 0)
     for (i64 c = 0; c < t.count; ++c)
-      for (int v = 0; v < vectors; ++v)
-        store(z + c * kP + v * kLanes, tanh(load(z + c * kP + v * kLanes) / cap) * cap);
+      for (int v = 0; v < vectors; ++v) store(z + c * kP + v * kLanes, tanh(load(z + c * kP + v * kLanes) / cap) * cap);
   for_entries<M>(t, b0, [&](const Entry& e, Real& logit, i64 lane) {
     Real& zi = z[(e.cls - t.first) * kP + lane];
     if (ctx.offset) zi = logit;
@@ -92,7 +91,8 @@ void accumulate_lse(const Tile<M>& t, const typename M::Real* z, int vectors, Pa
 }
 
 template <class M, class F>
-void accumulate_aux(const DenseContext& ctx, const Tile<M>& t, const typename M::Real* z, int vectors, PartialView<M> p, F term) {
+void accumulate_aux(const DenseContext& ctx, const Tile<M>& t, const typename M::Real* z, int vectors, PartialView<M> p,
+                    F term) {
   using Real = typename M::Real;
   constexpr i64 kP = Tile<M>::kP, kLanes = kP / 2;
   for (int v = 0; v < vectors; ++v) {
