@@ -129,12 +129,15 @@ class Head:
             path: the file; replaced if it is there.
             optimizer: also keep the optimiser's state, so that training resumes bit for bit.
         """
+        save_head(path, self._to_file(optimizer))
+
+    def _to_file(self, optimizer: bool) -> HeadFile:
         tensors = self.state_dict() | self._option_tensors()
         state: dict[str, Any] = {"steps": self.steps}
         if optimizer:
             state["optimizer"] = {"name": self._optimizer.name, "step": self._optimizer.step}
             tensors |= {_OPTIMIZER + name: array for name, array in self._optimizer.arrays.items()}
-        save_head(path, HeadFile(self.kind, self._config(), tensors, state))
+        return HeadFile(self.kind, self._config(), tensors, state)
 
     @classmethod
     def load(cls: type[Self], path: str | os.PathLike[str]) -> Self:
