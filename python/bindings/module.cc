@@ -60,6 +60,8 @@ NB_MODULE(_core, m) {
   m.def("current_isa", [] { return std::string(widehead::name_of(widehead::current_isa())); });
   m.def("supported_isas", &isa_names);
   m.def("philox", &philox_block, nb::kw_only(), "counter"_a, "key"_a);
+  bind_bag(m);
   bind_dense(m);
+  bind_ngrams(m);
   bind_rows(m);
 }

@@ -10,7 +10,9 @@
 
 namespace widehead::python {
 
+void bind_bag(nb::module_& m);
 void bind_dense(nb::module_& m);
+void bind_ngrams(nb::module_& m);
 void bind_rows(nb::module_& m);
 
 // "softmax" | "bce" | "squared_hinge"; throws ShapeError naming the ones there are.

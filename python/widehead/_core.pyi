@@ -1,7 +1,7 @@
 # The private extension module. Arrays come in through DLPack (numpy arrays, or the capsules of torch.utils.dlpack);
 # outputs are written into arrays of the caller. `None` stands for "not given". Every argument is keyword-only.
-# Nothing is copied or converted: rows may be strided, the last axis is contiguous, all arrays lie on one device, outputs are
-# writable. NumPy has no bfloat16, so an array of uint16 is read as bfloat16 wherever bfloat16 is taken.
+# Nothing is copied or converted: rows may be strided, the last axis is contiguous, all arrays lie on one device, outputs
+# are writable. NumPy has no bfloat16, so an array of uint16 is read as bfloat16 wherever bfloat16 is taken.
 from typing import Any
 
 Array = Any
@@ -78,7 +78,8 @@ def sample_classes(
 ) -> None: ...
 # Walker's table of the distribution weight / sum(weight): weight [D] float64, finite and positive -> threshold, alias.
 def alias_table(*, weight: Array, threshold: Array, alias: Array) -> None: ...
-# Fills `out` [rows, cols] with uniform numbers in [low, high) keyed by (seed, row): the initial weights, the same on every shard.
+# Fills `out` [rows, cols] with uniform numbers in [low, high) keyed by (seed, row): the initial weights, the same on
+# every shard.
 def init_uniform(*, out: Array, low: float, high: float, seed: int, first_row: int = 0) -> None: ...
 
 # Test hooks for the generator: Philox4x32-10 of a counter and a key.

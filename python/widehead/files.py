@@ -2,7 +2,10 @@
 
 Layout (https://github.com/huggingface/safetensors): 8 bytes little-endian length of the header, the header in JSON, the
 tensors' bytes. The metadata of the header holds `widehead` (the format's version), `kind` (the class name of the head),
-`config` (the constructor's arguments by name, JSON) and `checksum` (CRC-32 of all that and of the tensors).
+`config` (the constructor's arguments by name, JSON), `state` (what else the head goes on with, JSON: `steps`, and
+`optimizer` where its moments are kept) and `checksum` (CRC-32 of all that and of the tensors). Tensors: `weight`,
+`bias`, options that are arrays by the names of their arguments (`class_weight`, `proposal`), and moments as
+`optimizer.<name>`, which a reader may pass over.
 
 NumPy has no bfloat16: arrays of uint16 stand for it, here as everywhere in widehead.
 """
@@ -30,16 +33,19 @@ _MAX_HEADER = 100_000_000  # the limit of the safetensors format
 
 
 class FileError(Error, ValueError):
-    """A file that is damaged, foreign, or newer than this version of widehead. The message names the file and the reason."""
+    """A file that is damaged, foreign, or newer than this version of widehead. The message names the file and the
+    reason."""
 
 
 @dataclass
 class HeadFile:
-    """A saved head: `kind` and `config` say how to build it, `tensors` what it has learnt (uint16 is bfloat16)."""
+    """A saved head: `kind` and `config` say how to build it, `tensors` and `state` what it has learnt (uint16 is
+    bfloat16)."""
 
     kind: str
     config: dict[str, Any]
     tensors: dict[str, NDArray] = field(default_factory=dict)
+    state: dict[str, Any] = field(default_factory=dict)
 
 
 def save_head(path: str | os.PathLike[str], head: HeadFile) -> None:
@@ -59,7 +65,7 @@ def save_head(path: str | os.PathLike[str], head: HeadFile) -> None:
         end = offset + array.nbytes
         entries[name] = {"dtype": _CODES[array.dtype.name], "shape": list(array.shape), "data_offsets": [offset, end]}
         offset = end
-    metadata = {"widehead": str(VERSION), "kind": head.kind, "config": json.dumps(head.config, sort_keys=True)}
+    metadata = {"widehead": str(VERSION), "kind": head.kind, "config": _json(head.config), "state": _json(head.state)}
     checksum = _checksum_of_header(metadata, entries)
     for array in arrays.values():
         checksum = zlib.crc32(_bytes(array), checksum)
@@ -98,15 +104,10 @@ def load_head(path: str | os.PathLike[str], kind: str | None = None) -> HeadFile
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         metadata, entries, start = _read_header(file, path, size)
-        try:
-            config = json.loads(metadata["config"])
-        except ValueError as error:
-            raise FileError(f"{path}: damaged: the configuration is not JSON ({error})") from None
-        if not isinstance(config, dict):
-            raise FileError(f"{path}: damaged: the configuration is no JSON object")
+        config, state = (_json_object(metadata[key], path, key) for key in ("config", "state"))
         if kind is not None and metadata["kind"] != kind:
             raise FileError(f"{path}: expected a saved {kind}, got a {metadata['kind']}")
-        checksum = _checksum_of_header({key: metadata[key] for key in ("widehead", "kind", "config")}, entries)
+        checksum = _checksum_of_header({key: metadata[key] for key in ("widehead", "kind", "config", "state")}, entries)
         tensors = {}
         for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
             array = np.empty(entry["shape"], _DTYPES[entry["dtype"]])
@@ -117,11 +118,25 @@ def load_head(path: str | os.PathLike[str], kind: str | None = None) -> HeadFile
             tensors[name] = array
     if metadata["checksum"] != f"{checksum:08x}":
         raise FileError(f"{path}: damaged: checksum {checksum:08x}, expected {metadata['checksum']}")
-    return HeadFile(metadata["kind"], config, tensors)
+    return HeadFile(metadata["kind"], config, tensors, state)
 
 
-def _bytes(array: NDArray) -> memoryview:
-    return memoryview(array.reshape(-1).view(np.uint8))
+def _json(value: dict[str, Any]) -> str:
+    return json.dumps(value, sort_keys=True, allow_nan=False)
+
+
+def _json_object(text: str, path: Path, key: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise FileError(f"{path}: damaged: {key!r} is not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise FileError(f"{path}: damaged: {key!r} is no JSON object")
+    return value
+
+
+def _bytes(array: NDArray) -> Any:
+    return array.reshape(-1).view(np.uint8).data
 
 
 def _checksum_of_header(metadata: dict[str, str], entries: dict[str, Any]) -> int:
@@ -140,7 +155,8 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _read_header(file: BinaryIO, path: Path, size: int) -> tuple[dict[str, str], dict[str, Any], int]:
-    """Metadata, entries of the tensors, and where their bytes start; everything checked against the size of the file."""
+    """Metadata, entries of the tensors, and where their bytes start; everything checked against the size of the
+    file."""
     length = int.from_bytes(file.read(8), "little")
     if size < 8 or length > _MAX_HEADER or length < 2:
         raise FileError(f"{path}: not a safetensors file: it starts with no header")
@@ -162,7 +178,7 @@ def _read_header(file: BinaryIO, path: Path, size: int) -> tuple[dict[str, str],
         raise FileError(
             f"{path}: written in format {version} by a newer widehead; this one reads up to {VERSION}: upgrade widehead"
         )
-    for key in ("kind", "config", "checksum"):
+    for key in ("kind", "config", "state", "checksum"):
         if not isinstance(metadata.get(key), str):
             raise FileError(f"{path}: damaged: the metadata has no {key!r}")
     start, end = 8 + length, 0
@@ -170,9 +186,10 @@ def _read_header(file: BinaryIO, path: Path, size: int) -> tuple[dict[str, str],
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             first, last = entry["data_offsets"]
             count = 1
+            for number in (first, last, *entry["shape"]):
+                if type(number) is not int or number < 0:
+                    raise ValueError(f"tensor {name!r} has the shape {entry['shape']} at {entry['data_offsets']}")
             for extent in entry["shape"]:
-                if type(extent) is not int or extent < 0:
-                    raise ValueError(f"tensor {name!r} has the shape {entry['shape']}")
                 count *= extent
             if entry["dtype"] not in _DTYPES:
                 raise ValueError(f"tensor {name!r} has the data type {entry['dtype']!r}")

@@ -27,8 +27,8 @@ class Labels:
         values: `[nnz]` float32 weights of the labels, or None for 1.
         n_classes: number of classes.
 
-    The arrays are kept as they come, so that the same type carries arrays of other libraries; a head checks them when it
-    uses them, and `check()` does so at once.
+    The arrays are kept as they come, so that the same type carries arrays of other libraries; a head checks them when
+    it uses them, and `check()` does so at once.
     """
 
     indptr: Any
@@ -41,7 +41,8 @@ class Labels:
 
     @classmethod
     def from_csr(cls, matrix: Any) -> Labels:
-        """The rows of a `scipy.sparse` CSR array or matrix; stored numbers are the weights (a bool matrix: weight 1)."""
+        """The rows of a `scipy.sparse` CSR array or matrix; stored numbers are the weights (a bool matrix: weight
+        1)."""
         if getattr(matrix, "format", None) != "csr":
             got = getattr(matrix, "format", type(matrix).__name__)
             raise DtypeError(f"matrix: expected a scipy.sparse matrix in CSR format, got {got}; call .tocsr()")
@@ -54,14 +55,14 @@ class Labels:
         cls, rows: Iterable[Sequence[int]], n_classes: int, values: Iterable[Sequence[float]] | None = None
     ) -> Labels:
         """From one sequence of classes a row, and one of weights a row where they are not all 1."""
-        rows = [np.asarray(row if len(row) else (), dtype=np.int64).reshape(-1) for row in rows]
-        indptr = np.zeros(len(rows) + 1, np.int64)
-        np.cumsum([len(row) for row in rows], out=indptr[1:])
-        indices = np.concatenate(rows) if rows else np.zeros(0, np.int64)
+        classes = [_int64(row, "rows", 1) for row in rows]
+        indptr = np.zeros(len(classes) + 1, np.int64)
+        np.cumsum([len(row) for row in classes], out=indptr[1:])
+        indices = np.concatenate(classes) if classes else np.zeros(0, np.int64)
         flat = None
         if values is not None:
             parts = [np.asarray(row, dtype=np.float32).reshape(-1) for row in values]
-            if [len(part) for part in parts] != [len(row) for row in rows]:
+            if [len(part) for part in parts] != [len(row) for row in classes]:
                 raise ShapeError("values: expected as many weights as classes in every row")
             flat = np.concatenate(parts) if parts else np.zeros(0, np.float32)
         return cls(indptr, indices, flat, n_classes).check()
@@ -129,7 +130,8 @@ class Target:
 def as_target(target: ArrayLike | Labels | Any, shape: tuple[int, ...], n_classes: int) -> Target:
     """Targets of a batch of the given shape (the axes before the last one of hidden).
 
-    Takes integers of that shape (0-D for one example), or `Labels` or a `scipy.sparse` CSR matrix with one row an example.
+    Takes integers of that shape (0-D for one example), or `Labels` or a `scipy.sparse` CSR matrix with one row an
+    example.
     """
     rows = int(np.prod(shape, dtype=np.int64))
     if not isinstance(target, Labels) and hasattr(target, "tocsr"):
@@ -143,10 +145,11 @@ def as_target(target: ArrayLike | Labels | Any, shape: tuple[int, ...], n_classe
             )
         return Target(labels.indptr, labels.indices, labels.values)
     array = np.asarray(target)
-    if array.dtype.kind not in "iu":
-        # An empty list is an array of float64: there is no label in it that could be wrong.
-        if array.size:
-            raise DtypeError(f"target: expected integer classes, Labels or a scipy.sparse CSR matrix, got {array.dtype}")
+    # An empty list is an array of float64: there is no label in it that could be wrong.
+    if array.dtype.kind not in "iu" and array.size:
+        raise DtypeError(f"target: expected integer classes, Labels or a scipy.sparse CSR matrix, got {array.dtype}")
     if array.shape != shape:
-        raise ShapeError(f"target: expected shape {list(shape)} as hidden without its last axis, got {list(array.shape)}")
+        raise ShapeError(
+            f"target: expected shape {list(shape)} as hidden without its last axis, got {list(array.shape)}"
+        )
     return Target(None, np.ascontiguousarray(array.reshape(-1), dtype=np.int64), None)

@@ -1,8 +1,8 @@
 """widehead/sampling.py -- the bookkeeping of sampled softmax, shared by the NumPy and the PyTorch heads.
 
-A step draws n classes with replacement from a proposal q, shared by the whole batch, and works on the distinct classes A of
-the draws and of the batch's targets. A class drawn m_c times gets log(m_c / (n q_c)) added to its logit, a class that is there
-as a target only gets -infinity; neither is added where the class is the example's own target. Then
+A step draws n classes with replacement from a proposal q, shared by the whole batch, and works on the distinct classes
+A of the draws and of the batch's targets. A class drawn m_c times gets log(m_c / (n q_c)) added to its logit, a class
+that is there as a target only gets -infinity; neither is added where the class is the example's own target. Then
 
     Z_i = sum_{c in own targets} exp z_c + sum_{c drawn, not own} m_c / (n q_c) exp z_c
 
@@ -28,8 +28,9 @@ class Proposal:
     """The distribution over classes that negatives are drawn from.
 
     Args:
-        proposal: "uniform"; "log_uniform", Zipf's law over classes sorted by falling frequency; or `[n_classes]` positive
-            weights (for example the classes' frequencies, raised to 0.75), drawn from in O(1) by Walker's alias method.
+        proposal: "uniform"; "log_uniform", Zipf's law over classes sorted by falling frequency; or `[n_classes]`
+            positive weights (for example the classes' frequencies, raised to 0.75), drawn from in O(1) by Walker's
+            alias method.
         n_classes: number of classes.
 
     Raises:

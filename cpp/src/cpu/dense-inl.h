@@ -25,7 +25,7 @@ void forward(const DenseContext& ctx, const DenseGeometry& g, i64 first_tile, i6
   Tile<M> t = carve_tile<M>(g, s, carve, false);
   auto* z = carve.take<typename M::Real>(g.tile * S::kP);
   for (i64 index = first_tile; index < end_tile; ++index) {
-    begin_tile<M>(ctx, s, t, g.tile, index);
+    begin_tile<M>(ctx, s, t, g.tile, index, ctx.batch);
     for (i64 b0 = 0; b0 < ctx.batch; b0 += S::kP) {
       const int vectors = s.vectors(ctx.batch - b0);
       tile_logits<M>(ctx, s, t, b0 / S::kBlock, b0 % S::kBlock / S::kP, z, vectors);
@@ -104,7 +104,7 @@ void sum_bias(const Tile<M>& t, const typename M::Real* g, typename M::Real* bia
 
 // G of one block of examples; false when every entry is below the filter.
 template <class M>
-bool gradient_block(const DenseContext& ctx, const Shape<M>& s, const Tile<M>& t, GradientTile<M>& q, i64 block, const BackwardTask& task) {
+bool gradient_block(const DenseContext& ctx, const Shape<M>& s, Tile<M>& t, GradientTile<M>& q, i64 block, const BackwardTask& task) {
   constexpr i64 kP = Tile<M>::kP;
   bool keep = ctx.filter_below <= 0;
   const i64 panels = s.block_rows(block) / kP;
@@ -138,9 +138,10 @@ void add_grad_hidden(const DenseContext& ctx, const Shape<M>& s, const Tile<M>& 
   } else {
     a = q.g + panel * t.padded * kP;
   }
+  Prefetch none;
   for (i64 f = 0; f < s.feature_panels; ++f)
     gemm_panel<M, Order::columns>(a, 0, rows, t.weight_rows + f * (t.padded / M::kPack) * kP, t.padded / M::kPack, out + f * block_rows * kP,
-                                  true, s.vectors(s.features - f * kP));
+                                  true, s.vectors(s.features - f * kP), none);
 }
 
 template <class M>
@@ -154,9 +155,10 @@ void add_grad_weight(const DenseContext& ctx, const Shape<M>& s, const Tile<M>& 
   } else {
     a = q.g;
   }
+  Prefetch none;
   for (i64 f = 0; f < s.feature_panels; ++f)
     gemm_panel<M, Order::rows>(a, t.padded * kP, t.padded, rows + f * stored * kP, depth, q.grad + f * t.padded * kP, accumulate,
-                               s.vectors(s.features - f * kP));
+                               s.vectors(s.features - f * kP), none);
 }
 
 template <class Real>
@@ -202,7 +204,7 @@ void backward(const DenseContext& ctx, const DenseGeometry& geometry, BackwardTa
   GradientTile<M> q = carve_gradient<M>(geometry, s, carve);
   const bool want_bias = (task.update && ctx.bias) || task.grad_bias;
   for (i64 index = task.first_tile; index < task.end_tile; ++index) {
-    begin_tile<M>(ctx, s, t, geometry.tile, index);
+    begin_tile<M>(ctx, s, t, geometry.tile, index, at_most((task.end_block - task.first_block) * Shape<M>::kBlock, ctx.batch));
 #ifdef WIDEHEAD_BF16_DOT
     if constexpr (M::kPack == 2) {
       if (task.grad_hidden) pack_weight_rows(s, t);
@@ -243,7 +245,7 @@ void logits(const DenseContext& ctx, const DenseGeometry& g, i64 first_tile, i64
   Tile<M> t = carve_tile<M>(g, s, carve, false);
   auto* z = carve.take<typename M::Real>(g.tile * S::kP);
   for (i64 index = first_tile; index < end_tile; ++index) {
-    begin_tile<M>(ctx, s, t, g.tile, index);
+    begin_tile<M>(ctx, s, t, g.tile, index, ctx.batch);
     for (i64 b0 = 0; b0 < ctx.batch; b0 += S::kP) {
       const int vectors = s.vectors(ctx.batch - b0);
       tile_logits<M>(ctx, s, t, b0 / S::kBlock, b0 % S::kBlock / S::kP, z, vectors);
@@ -269,7 +271,7 @@ void topk(const DenseContext& ctx, const DenseGeometry& g, TopKTask& task, void*
   Tile<M> t = carve_tile<M>(g, s, carve, false);
   auto* z = carve.take<typename M::Real>(g.tile * S::kP);
   for (i64 index = task.first_tile; index < task.end_tile; ++index) {
-    begin_tile<M>(ctx, s, t, g.tile, index);
+    begin_tile<M>(ctx, s, t, g.tile, index, ctx.batch);
     for (i64 b0 = 0; b0 < ctx.batch; b0 += S::kP) {
       const int vectors = s.vectors(ctx.batch - b0);
       tile_logits<M>(ctx, s, t, b0 / S::kBlock, b0 % S::kBlock / S::kP, z, vectors);

@@ -157,6 +157,7 @@ struct Tile {
   const Entry* entries;
   i64 n_entries;
   Real* entry_logits;
+  Prefetch prefetch;  // of the next tile's rows of W
 };
 
 template <class M>
@@ -218,13 +219,25 @@ inline void pack_weight_rows(const Shape<ModeBf16Dot>& s, Tile<ModeBf16Dot>& t) 
 }
 #endif
 
+// Spreads the next tile's rows over the panels of this tile's logits.
 template <class M>
-void begin_tile(const DenseContext& ctx, const Shape<M>& s, Tile<M>& t, i64 tile, i64 index) {
+Prefetch prefetch_after(const DenseContext& ctx, const Shape<M>& s, const Tile<M>& t, i64 examples) {
+  const i64 rows = at_most(t.count, ctx.classes - t.first - t.count);
+  if (rows <= 0) return {};
+  const auto* next = static_cast<const char*>(ctx.weight) + (t.first + t.count) * ctx.weight_stride * static_cast<i64>(sizeof(typename M::Weight));
+  const i64 bytes = rows * ctx.weight_stride * static_cast<i64>(sizeof(typename M::Weight));
+  const i64 pulls = ceil_div(examples, Tile<M>::kP) * ceil_div(t.padded, kMaxRows) * (s.depth / Tile<M>::kP);
+  return {next, next + bytes, pulls > 0 ? ceil_div(bytes / 64 + 1, pulls) : 0};
+}
+
+template <class M>
+void begin_tile(const DenseContext& ctx, const Shape<M>& s, Tile<M>& t, i64 tile, i64 index, i64 examples) {
   using Real = typename M::Real;
   t.first = index * tile;
   t.count = at_most(tile, ctx.classes - t.first);
   t.padded = round_up(t.count, kRowStep);
   pack_weights<M>(ctx, s, t);
+  t.prefetch = prefetch_after<M>(ctx, s, t, examples);
   for (i64 c = 0; c < t.count; ++c) {
     Real b = 0;
     if (ctx.bias) {
@@ -256,11 +269,11 @@ void begin_tile(const DenseContext& ctx, const Shape<M>& s, Tile<M>& t, i64 tile
 
 // Z panel of 32 (AVX-512) examples.
 template <class M>
-WIDEHEAD_INLINE void tile_logits(const DenseContext& ctx, const Shape<M>& s, const Tile<M>& t, i64 block, i64 panel,
+WIDEHEAD_INLINE void tile_logits(const DenseContext& ctx, const Shape<M>& s, Tile<M>& t, i64 block, i64 panel,
                                  typename M::Real* z, int vectors) {
   constexpr i64 kP = Tile<M>::kP;
   const auto* columns = static_cast<const typename M::Elem*>(ctx.packed_columns) + (block * Shape<M>::kBlock + panel * kP) * s.depth;
-  gemm_panel<M, Order::rows>(t.weight, t.padded * kP, t.padded, columns, s.depth, z, false, vectors);
+  gemm_panel<M, Order::rows>(t.weight, t.padded * kP, t.padded, columns, s.depth, z, false, vectors, t.prefetch);
 }
 
 }  // namespace widehead::cpu::WIDEHEAD_ISA_NAME

@@ -1,5 +1,6 @@
 // kernels-inl.h -- the body of every instruction-set unit; the unit defines its name and width first
 #pragma once
+#include "cpu/bag-inl.h"
 #include "cpu/dense-inl.h"
 #include "cpu/update-inl.h"
 
@@ -7,6 +8,6 @@ namespace widehead::cpu::WIDEHEAD_ISA_NAME {
 
 #define WIDEHEAD_STRING_(x) #x
 #define WIDEHEAD_STRING(x) WIDEHEAD_STRING_(x)
-const Kernels kTable = {WIDEHEAD_STRING(WIDEHEAD_ISA_NAME), dense_table(), update_table()};
+const Kernels kTable = {WIDEHEAD_STRING(WIDEHEAD_ISA_NAME), dense_table(), update_table(), bag_table()};
 
 }  // namespace widehead::cpu::WIDEHEAD_ISA_NAME

@@ -3,6 +3,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "cpu/bag.h"
 #include "widehead/loss.h"
 #include "widehead/update.h"
 #include "widehead/view.h"
@@ -114,6 +115,7 @@ struct Kernels {
   const char* name;
   DenseKernels dense;
   UpdateKernels update;
+  BagKernels bag;
 };
 
 const Kernels& kernels();  // of the current unit

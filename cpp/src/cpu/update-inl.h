@@ -18,10 +18,26 @@ struct UpdateScalars {
         beta1(static_cast<Real>(u.beta1)),
         beta2(static_cast<Real>(u.beta2)),
         keep(static_cast<Real>(1.0 - u.lr * u.weight_decay)),
-        step_size(static_cast<Real>(u.lr / (1.0 - __builtin_pow(u.beta1, static_cast<double>(u.step))))),
-        inverse_bias2(static_cast<Real>(1.0 / (1.0 - __builtin_pow(u.beta2, static_cast<double>(u.step))))),
+        step_size(static_cast<Real>(u.lr * bias_correction(u, u.beta1))),
+        inverse_bias2(static_cast<Real>(bias_correction(u, u.beta2))),
         eps(static_cast<Real>(u.eps)) {}
+
+  // The power costs as much as a short row, so only Adam pays for it.
+  static double bias_correction(const Update& u, double beta) {
+    return u.optimizer == Optimizer::adam ? 1.0 / (1.0 - __builtin_pow(beta, static_cast<double>(u.step))) : 1.0;
+  }
 };
+
+// x . y in float64, by eight partial sums that the compiler can keep in vector registers.
+template <class Real>
+double dot_f64(const Real* __restrict__ x, const Real* __restrict__ y, i64 n) {
+  double part[8] = {};
+  i64 j = 0;
+  for (; j + 8 <= n; j += 8)
+    for (int i = 0; i < 8; ++i) part[i] += static_cast<double>(x[j + i]) * static_cast<double>(y[j + i]);
+  for (; j < n; ++j) part[j & 7] += static_cast<double>(x[j]) * static_cast<double>(y[j]);
+  return ((part[0] + part[4]) + (part[1] + part[5])) + ((part[2] + part[6]) + (part[3] + part[7]));
+}
 
 // The weight after the step, before rounding. m and v are the element's moments.
 template <class Real>
@@ -44,9 +60,7 @@ WIDEHEAD_INLINE Real stepped(const UpdateScalars<Real>& s, Optimizer kind, Real 
 // Adagrad with one accumulator a row: returns lr / (sqrt(sum of mean squares) + eps).
 template <class Real>
 Real adagrad_scale(const UpdateScalars<Real>& s, const Real* g, i64 n, Real* state) {
-  double total = 0;
-  for (i64 j = 0; j < n; ++j) total += static_cast<double>(g[j]) * static_cast<double>(g[j]);
-  *state += static_cast<Real>(total / static_cast<double>(n));
+  *state += static_cast<Real>(dot_f64(g, g, n) / static_cast<double>(n));
   return static_cast<Real>(static_cast<double>(s.lr) / (__builtin_sqrt(static_cast<double>(*state)) + static_cast<double>(s.eps)));
 }
 
@@ -65,29 +79,50 @@ void step_any(const Update& u, const UpdateScalars<Real>& s, Real* w, const Real
   step_row<Optimizer::sgd, false>(s, w, g, m, v, row_scale, n);
 }
 
-// Eight columns share a Philox block; the loop over blocks vectorises.
+// Sixteen-bit random numbers for columns [0, 8 * lanes) past `first_block` blocks: one Philox block a lane, laid out in
+// column order. Equal to RandomStream::bits16, which the tests hold it to.
+inline void random_halves(const RandomStream& stream, uint64_t row, uint32_t first_block, uint16_t* out) {
+  constexpr int kLanes = Simd<float>::kLanes;
+  uint32_t k0 = stream.key0(), k1 = stream.key1();
+  Words c0, c1 = splat(static_cast<uint32_t>(row)), c2 = splat(static_cast<uint32_t>(row >> 32)),
+            c3 = splat(static_cast<uint32_t>(stream.step));
+  for (int i = 0; i < kLanes; ++i) c0[i] = first_block + static_cast<uint32_t>(i);
+  for (int round = 0; round < 10; ++round, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u) {
+    Words high0, low0, high2, low2;
+    multiply_wide(c0, 0xD2511F53u, high0, low0);
+    multiply_wide(c2, 0xCD9E8D57u, high2, low2);
+    c0 = high2 ^ c1 ^ k0;
+    c2 = high0 ^ c3 ^ k1;
+    c1 = low2;
+    c3 = low0;
+  }
+  Words even_low, even_high, odd_low, odd_high, w[4];
+  interleave(c0, c2, even_low, even_high);
+  interleave(c1, c3, odd_low, odd_high);
+  interleave(even_low, odd_low, w[0], w[1]);
+  interleave(even_high, odd_high, w[2], w[3]);
+  __builtin_memcpy(out, w, sizeof w);
+}
+
+WIDEHEAD_INLINE Words stochastic_bits(Vec<float> x, Words random16) {
+  const Words u = (Words)x;
+  const Words special = (Words)((u & 0x7F800000u) == 0x7F800000u);
+  return (special & bf16_bits(x)) | (~special & ((u + random16) >> 16));
+}
+
 inline void round_stochastic(const RandomStream& stream, uint64_t row, i64 first_col, const float* x, uint16_t* out, i64 n) {
+  constexpr i64 kLanes = Simd<float>::kLanes, kColumns = 8 * kLanes;
   i64 j = 0;
   for (; j < n && ((first_col + j) & 7); ++j)
     out[j] = bf16_stochastic(x[j], stream.bits16(row, static_cast<uint64_t>(first_col + j)));
-  constexpr i64 kBlocks = 16;
-  for (; j + 8 <= n; j += 8 * kBlocks) {
-    const i64 blocks = (n - j) / 8 < kBlocks ? (n - j) / 8 : kBlocks;
-    uint32_t bits[4][kBlocks];
-    const uint32_t first = static_cast<uint32_t>((first_col + j) >> 3);
-    for (i64 b = 0; b < kBlocks; ++b) {
-      const Philox4 r = stream.block(row, first + static_cast<uint32_t>(b));
-      for (int q = 0; q < 4; ++q) bits[q][b] = r.v[q];
-    }
-    for (i64 b = 0; b < blocks; ++b)
-      for (int e = 0; e < 8; ++e)
-        out[j + b * 8 + e] = bf16_stochastic(x[j + b * 8 + e], (bits[e >> 1][b] >> ((e & 1) * 16)) & 0xFFFFu);
-    if (blocks < kBlocks) {
-      j += blocks * 8;
-      break;
-    }
+  alignas(64) uint16_t bits[kColumns];
+  for (; j < n; j += kColumns) {
+    random_halves(stream, row, static_cast<uint32_t>((first_col + j) >> 3), bits);
+    const i64 len = n - j < kColumns ? n - j : kColumns;
+    i64 i = 0;
+    for (; i + kLanes <= len; i += kLanes) store_halves(out + j + i, stochastic_bits(load(x + j + i), load_words(bits + i)));
+    for (; i < len; ++i) out[j + i] = bf16_stochastic(x[j + i], bits[i]);
   }
-  for (; j < n; ++j) out[j] = bf16_stochastic(x[j], stream.bits16(row, static_cast<uint64_t>(first_col + j)));
 }
 
 // Kahan: what rounding loses now is added back before the next step.
@@ -99,6 +134,13 @@ inline void round_kahan(const float* x, uint16_t* lost, uint16_t* out, i64 n) {
   }
 }
 
+inline void widen(const uint16_t* w, float* x, i64 n) {
+  constexpr i64 kLanes = Simd<float>::kLanes;
+  i64 i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(x + i, load_bf16(w + i));
+  for (; i < n; ++i) x[i] = bf16_float(w[i]);
+}
+
 // `n` bfloat16 elements from `first_col` of the random stream `row`.
 inline void update_bf16(const Update& u, const UpdateScalars<float>& s, Purpose purpose, uint64_t row, i64 first_col,
                         uint16_t* w, const float* g, float* m, float* v, uint16_t* lost, float row_scale, i64 n) {
@@ -106,7 +148,7 @@ inline void update_bf16(const Update& u, const UpdateScalars<float>& s, Purpose 
   float x[kChunk];
   for (i64 j = 0; j < n; j += kChunk) {
     const i64 len = n - j < kChunk ? n - j : kChunk;
-    for (i64 i = 0; i < len; ++i) x[i] = bf16_float(w[j + i]);
+    widen(w + j, x, len);
     step_any<float>(u, s, x, g + j, m ? m + j : nullptr, v ? v + j : nullptr, row_scale, len);
     if (lost) {
       round_kahan(x, lost + j, w + j, len);
@@ -128,8 +170,7 @@ T* at(const AnyVector& v, i64 i) {
 }
 
 template <class Real>
-void update_row_as(const Update& u, AnyMatrix weight, i64 row, const Real* g) {
-  const UpdateScalars<Real> s(u);
+void update_row_as(const Update& u, const UpdateScalars<Real>& s, AnyMatrix weight, i64 row, const Real* g) {
   Real* m = row_of<Real>(u.first, row);
   Real* v = row_of<Real>(u.second, row);
   Real row_scale = 0;
@@ -146,8 +187,9 @@ void update_row_as(const Update& u, AnyMatrix weight, i64 row, const Real* g) {
 }
 
 inline void update_row(const Update& u, AnyMatrix weight, i64 row, const void* g) {
-  if (weight.dtype == Dtype::f64) return update_row_as<double>(u, weight, row, static_cast<const double*>(g));
-  update_row_as<float>(u, weight, row, static_cast<const float*>(g));
+  if (weight.dtype == Dtype::f64)
+    return update_row_as<double>(u, UpdateScalars<double>(u), weight, row, static_cast<const double*>(g));
+  update_row_as<float>(u, UpdateScalars<float>(u), weight, row, static_cast<const float*>(g));
 }
 
 // A bias is float64 exactly when the weights are. Adagrad keeps one accumulator an element: each is a row of one column.

@@ -1,0 +1,169 @@
+"""_checkpoint.py -- a classifier in a file: the finished model, and all the state of a fit that may be interrupted."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ._core import Error
+from ._training import Examples, Targets
+from .bag import EmbeddingBag
+from .files import FileError, HeadFile, load_head, save_head
+from .numpy import DenseHead
+from .text import NGramHasher, PackedStrings
+
+if TYPE_CHECKING:
+    from .estimator import Classifier
+
+    C = TypeVar("C", bound=Classifier)
+
+_HEADS: dict[str, Any] = {"DenseHead": DenseHead}
+# Parameters that do not change what a fit computes, or that are no data.
+_ASIDE = ("features", "transform", "checkpoint", "checkpoint_every", "resume", "callback", "verbose")
+
+
+def pack(model: Classifier, optimizer: bool) -> HeadFile:
+    """Both layers in one file, tensors as `bag.<name>` and `head.<name>`."""
+    file = HeadFile("Classifier", {"params": parameters(model)})
+    for part, layer in (("bag", model.bag_), ("head", model.head_)):
+        inner = layer._to_file(optimizer)
+        file.config[part] = {"kind": inner.kind, "config": inner.config}
+        file.state[part] = inner.state
+        file.tensors |= {f"{part}.{name}": array for name, array in inner.tensors.items()}
+    return file
+
+
+def unpack(file: HeadFile) -> tuple[EmbeddingBag, Any]:
+    """The layers of a file that `pack` made."""
+    layers = []
+    for part, kinds in (("bag", {"EmbeddingBag": EmbeddingBag}), ("head", _HEADS)):
+        kind, config = file.config[part]["kind"], file.config[part]["config"]
+        tensors = {n.removeprefix(part + "."): array for n, array in file.tensors.items() if n.startswith(part + ".")}
+        layers.append(kinds[kind]._from_file(HeadFile(kind, config, tensors, file.state[part])))
+    return layers[0], layers[1]
+
+
+def parameters(model: Classifier) -> dict[str, Any]:
+    """The parameters that JSON can hold."""
+    return {name: value for name, value in model.get_params(deep=False).items() if name not in _ASIDE}
+
+
+def save_model(model: Classifier, path: Any) -> None:
+    """See `Classifier.save`."""
+    file = pack(model, optimizer=False)
+    features = model.features
+    if isinstance(features, NGramHasher):
+        if callable(features.romanise):
+            raise Error("features: a file cannot hold a callable romanise; set features=None, and give it to load() again")
+        file.config["features"] = features.get_params()
+    if model._names is not None:
+        file.config["classes"] = model._names.dtype.kind
+        file.tensors |= _names_to_tensors(model._names)
+    save_head(path, file)
+
+
+def load_model(cls: type[C], path: Path, features: Any | None) -> C:
+    """See `Classifier.load`."""
+    file = load_head(path, "Classifier")
+    try:
+        if features is None and "features" in file.config:
+            options = dict(file.config["features"])
+            features = NGramHasher(**{**options, "ngram_range": tuple(options["ngram_range"])})
+        model = cls(**file.config["params"], features=features)
+        model.bag_, model.head_ = unpack(file)
+        model._names = _names_from_tensors(file) if "classes" in file.config else None
+        model.n_features_in_, model.n_classes_ = model.bag_.n_features, model.head_.n_classes
+        model.history_ = []
+        return model
+    except FileError:
+        raise
+    except (Error, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise FileError(f"{path}: a saved Classifier that this version cannot build: {error}") from error
+
+
+def _names_to_tensors(names: NDArray[Any]) -> dict[str, NDArray[Any]]:
+    if names.dtype.kind in "iu":
+        return {"classes": names.astype(np.int64)}
+    if names.dtype.kind == "f":
+        return {"classes": names.astype(np.float64)}
+    packed = PackedStrings(str(name) for name in names)
+    return {"classes.text": packed.text, "classes.offsets": packed.offsets}
+
+
+def _names_from_tensors(file: HeadFile) -> NDArray[Any]:
+    if "classes" in file.tensors:
+        return file.tensors["classes"]
+    return np.array(list(PackedStrings.from_arrays(file.tensors["classes.text"], file.tensors["classes.offsets"])))
+
+
+class Keeper:
+    """Writes the state of a fit now and then, and takes it up again. Also keeps the mean loss of the epoch, which is part of it.
+
+    Everything random is a function of seed, epoch and step, so these numbers are all there is to a generator's state.
+    """
+
+    def __init__(
+        self, model: Classifier, examples: Examples, targets: Targets, weight: NDArray[np.float64] | None
+    ) -> None:
+        self.model = model
+        self.path = None if model.checkpoint is None else Path(model.checkpoint)
+        self.reset()
+        self.written = time.monotonic()
+        if self.path is not None:
+            self.identity = {
+                "params": json.loads(json.dumps(parameters(model))),
+                "examples": len(examples),
+                "X": examples.checksum(),
+                "Y": targets.checksum(),
+                "weight": 0.0 if weight is None else float(weight.sum()),
+            }
+
+    def reset(self) -> None:
+        """Starts an epoch."""
+        self.total, self.count = 0.0, 0
+
+    def add(self, loss: float, examples: int) -> None:
+        """Counts a batch."""
+        self.total += loss * examples
+        self.count += examples
+
+    @property
+    def mean(self) -> float:
+        return self.total / max(1, self.count)
+
+    def tick(self, step: int, last: bool = False) -> None:
+        """Writes the state after `step` steps, if it is time to or training ends."""
+        if self.path is None or not (last or time.monotonic() - self.written >= self.model.checkpoint_every):
+            return
+        file = pack(self.model, optimizer=True)
+        file.kind = "ClassifierCheckpoint"
+        file.config["identity"] = self.identity
+        file.state |= {"step": step, "total": self.total, "count": self.count, "history": self.model.history_}
+        save_head(self.path, file)
+        self.written = time.monotonic()
+
+    def restore(self) -> int:
+        """Takes the state over, if there is any, and returns the number of steps that were taken.
+
+        Raises:
+            FileError: the file is damaged, or of a fit of other data or parameters; the message says which.
+        """
+        if self.path is None or not self.path.exists():
+            return 0
+        file = load_head(self.path, "ClassifierCheckpoint")
+        identity = file.config["identity"]
+        for name, value in self.identity.items():
+            if identity.get(name) != value:
+                raise FileError(
+                    f"{self.path}: a checkpoint of another fit: {name} was {identity.get(name)}, is {value}; delete the file "
+                    "or fit with resume=False"
+                )
+        self.model.bag_, self.model.head_ = unpack(file)
+        self.total, self.count = file.state["total"], file.state["count"]
+        self.model.history_ = file.state["history"]
+        return int(file.state["step"])

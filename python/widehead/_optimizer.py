@@ -1,0 +1,72 @@
+"""widehead/_optimizer.py -- the optimiser of a NumPy head: its numbers, and the state that it needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ._core import Error
+from .options import choose
+
+OPTIMIZERS = ("sgd", "momentum", "adam", "adagrad")
+ROUNDINGS = ("nearest", "stochastic", "kahan")
+
+# State arrays by optimiser; "row" is one number a row of the weight.
+_STATE: dict[str, dict[str, str]] = {
+    "sgd": {},
+    "momentum": {"first": "weight", "bias_first": "bias"},
+    "adam": {"first": "weight", "second": "weight", "bias_first": "bias", "bias_second": "bias"},
+    "adagrad": {"second": "row", "bias_second": "bias"},
+}
+
+
+@dataclass
+class OptimizerState:
+    """What an optimiser remembers between steps: `step` counts those taken, `arrays` hold moments and lost bits."""
+
+    name: str | None = None
+    step: int = 0
+    arrays: dict[str, NDArray] = field(default_factory=dict)
+
+    def prepare(self, name: str, weight: NDArray, bias: NDArray | None, kahan: bool) -> None:
+        """Chooses the optimiser and allocates its state, zero, where it is not there yet.
+
+        Raises:
+            ShapeError: no such optimiser.
+            Error: another optimiser's moments are there.
+        """
+        choose(name, OPTIMIZERS, "optimizer")
+        if self.name not in (None, name):
+            if _STATE[self.name or "sgd"]:
+                raise Error(
+                    f"optimizer: expected {self.name!r}, whose state this head holds, got {name!r}; "
+                    "to change it, call reset_optimizer() first"
+                )
+            self.step = 0
+        self.name = name
+        moments = np.float64 if weight.dtype == np.float64 else np.float32
+        for key, kind in _STATE[name].items():
+            if key in self.arrays or (kind == "bias" and bias is None):
+                continue
+            shape = {"weight": weight.shape, "row": (len(weight), 1), "bias": (len(weight),)}[kind]
+            self.arrays[key] = np.zeros(shape, moments)
+        if kahan and "compensation" not in self.arrays:
+            self.arrays["compensation"] = np.zeros(weight.shape, np.uint16)
+
+    def arguments(self, rounding: str, seed: int, **numbers: Any) -> dict[str, Any]:
+        """The `update` of the core for the next step; `step` is to be counted up once it has been taken."""
+        arrays = {key: value for key, value in self.arrays.items() if key != "compensation" or rounding == "kahan"}
+        optimizer = "sgd" if self.name == "momentum" else self.name
+        if self.name != "momentum":
+            numbers["momentum"] = 0.0
+        return {"optimizer": optimizer, "rounding": rounding, "seed": seed, "step": self.step + 1, **numbers, **arrays}
+
+    def grow(self, n_classes: int) -> None:
+        """Zero state for new rows at the end."""
+        for key, array in self.arrays.items():
+            grown = np.zeros((n_classes, *array.shape[1:]), array.dtype)
+            grown[: len(array)] = array
+            self.arrays[key] = grown
