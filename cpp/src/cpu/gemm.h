@@ -51,12 +51,6 @@ using ModeBf16 = ModeBf16Dot;
 using ModeBf16 = ModeBf16Wide;
 #endif
 
-WIDEHEAD_INLINE Words load(const uint32_t* p) {
-  typedef uint32_t Unaligned __attribute__((vector_size(WIDEHEAD_VECTOR_BYTES), aligned(4), may_alias));
-  return *reinterpret_cast<const Unaligned*>(p);
-}
-WIDEHEAD_INLINE Words splat(uint32_t x) { return x + Words{}; }
-
 template <class Real>
 constexpr int kPanel = 2 * Simd<Real>::kLanes;
 

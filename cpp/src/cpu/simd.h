@@ -97,6 +97,11 @@ typedef uint16_t HalfWidth __attribute__((vector_size(WIDEHEAD_VECTOR_BYTES / 2)
 typedef uint16_t HalfWidthUnaligned __attribute__((vector_size(WIDEHEAD_VECTOR_BYTES / 2), aligned(2), may_alias));
 typedef uint32_t Words __attribute__((vector_size(WIDEHEAD_VECTOR_BYTES)));
 
+WIDEHEAD_INLINE Words load(const uint32_t* p) {
+  typedef uint32_t Unaligned __attribute__((vector_size(WIDEHEAD_VECTOR_BYTES), aligned(4), may_alias));
+  return *reinterpret_cast<const Unaligned*>(p);
+}
+WIDEHEAD_INLINE Words splat(uint32_t x) { return x + Words{}; }
 WIDEHEAD_INLINE Words load_words(const uint16_t* p) {
   return __builtin_convertvector(*reinterpret_cast<const HalfWidthUnaligned*>(p), Words);
 }
