@@ -1,4 +1,4 @@
-"""tests/python/smoke.py -- run by CI in an environment that has the wheel and nothing else: does the package work there?"""
+"""tests/python/smoke.py -- does the package work in an environment that has the wheel and nothing else? Run by CI."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+
 import widehead
 from widehead.numpy import DenseHead
 
@@ -42,7 +43,7 @@ def main() -> None:
     assert Path(sys.prefix) in where.parents, f"{where} is not the installed package"
     for optional in ("torch", "sklearn", "matplotlib"):
         assert importlib.util.find_spec(optional) is None, f"{optional} is here: this environment proves nothing"
-    print(f"widehead {widehead.__version__}, {widehead.current_isa()}, {widehead.get_num_threads()} threads, {where.parent}")
+    print(f"widehead {widehead.__version__}, {widehead.current_isa()}, {widehead.get_num_threads()} threads")
     train()
     # The command is there, and its help needs no package that is missing.
     command = Path(sys.prefix) / "bin" / "widehead"
