@@ -96,7 +96,8 @@ void accumulate_lse(const Tile<M>& t, const typename M::Real* z, int vectors, Pa
 }
 
 template <class M, class F>
-void accumulate_aux(const DenseContext& ctx, const Tile<M>& t, const typename M::Real* z, int vectors, PartialView<M> p, F term) {
+void accumulate_aux(const DenseContext& ctx, const Tile<M>& t, const typename M::Real* z, int vectors, PartialView<M> p,
+                    F term) {
   using Real = typename M::Real;
   constexpr i64 kP = Tile<M>::kP, kLanes = kP / 2;
   for (int v = 0; v < vectors; ++v) {
@@ -201,7 +202,8 @@ void gradient_entries(const DenseContext& ctx, const Tile<M>& t, i64 b0, typenam
         change *= slope;
         // The panel took this logit for one with an offset.
         if (ctx.offset)
-          slot = static_cast<Real>(__builtin_exp(z - static_cast<double>(static_cast<const Real*>(ctx.lse)[e.row])) * slope) *
+          slot = static_cast<Real>(__builtin_exp(z - static_cast<double>(static_cast<const Real*>(ctx.lse)[e.row])) *
+                                   slope) *
                  static_cast<const Real*>(ctx.p_scale)[e.row];
       }
     } else if (ctx.loss.kind == Loss::bce) {

@@ -29,7 +29,7 @@ class DenseHead(Head):
         loss: "softmax"; "sampled_softmax": in training the softmax over the batch's targets and `negatives` drawn
             classes, with log-q correction (arXiv 1412.2007), in eval mode the full one; "bce" or "squared_hinge": every
             class by itself, summed over classes, for multi-label targets.
-        label_smoothing: in [0, 1), softmax. ignore_index: target of examples without one.
+        label_smoothing: in [0, 1], softmax. ignore_index: target of examples without one.
         class_weight: `[D]` weight of each class in the loss, as `weight` of F.cross_entropy; with softmax `mean`
             divides by the targets' weights.
         lse_penalty: adds lse_penalty * lse^2 (the "z-loss" of language models). softcap: z becomes softcap * tanh(z /

@@ -69,8 +69,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             ShapeError: no head, a head that another optimiser owns, or an option outside its range.
         """
         group = {"heads": [param_group]} if isinstance(param_group, Head) else dict(param_group)
-        heads = group.pop("heads", None)
-        heads = [heads] if isinstance(heads, Head) else list(heads or [])
+        given = group.pop("heads", ())
+        heads = list(given) if isinstance(given, (list, tuple)) else [given]
         check(
             bool(heads) and "params" not in group and all(isinstance(head, Head) for head in heads),
             f"heads: expected widehead heads, got {heads or group.get('params')}; other parameters belong to a "
