@@ -13,7 +13,7 @@ from widehead import _core
 from widehead.numpy import from_bfloat16, to_bfloat16
 
 OPTIMIZERS = ("sgd", "momentum", "adam", "adagrad")
-NUMBERS = {"lr": 0.05, "momentum": 0.8, "beta1": 0.85, "beta2": 0.97, "eps": 1e-6, "weight_decay": 0.02}
+NUMBERS = {"lr": 0.05, "momentum": 0.8, "beta1": 0.85, "beta2": 0.999, "eps": 1e-6, "weight_decay": 0.02}
 
 
 def zero_state(name: str, weight: np.ndarray, bias: np.ndarray | None, real: str) -> dict[str, np.ndarray]:
