@@ -70,8 +70,8 @@ struct Prefetch {
 };
 
 template <class M, Order kOrder, int kRows, int kVectors>
-inline void micro_kernel(const typename M::Elem* __restrict__ a, i64 outer, const typename M::Elem* __restrict__ b, i64 depth,
-                         typename M::Real* __restrict__ c, bool accumulate, Prefetch& prefetch) {
+inline void micro_kernel(const typename M::Elem* __restrict__ a, i64 outer, const typename M::Elem* __restrict__ b,
+                         i64 depth, typename M::Real* __restrict__ c, bool accumulate, Prefetch& prefetch) {
   using Real = typename M::Real;
   constexpr int kLanes = Simd<Real>::kLanes, kP = kPanel<Real>;
   Vec<Real> acc[kRows][kVectors];

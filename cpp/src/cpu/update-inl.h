@@ -41,7 +41,8 @@ double dot_f64(const Real* __restrict__ x, const Real* __restrict__ y, i64 n) {
 
 // The weight after the step, before rounding. m and v are the element's moments.
 template <class Real>
-WIDEHEAD_INLINE Real stepped(const UpdateScalars<Real>& s, Optimizer kind, Real w, Real g, Real* m, Real* v, Real row_scale) {
+WIDEHEAD_INLINE Real stepped(const UpdateScalars<Real>& s, Optimizer kind, Real w, Real g, Real* m, Real* v,
+                             Real row_scale) {
   if (kind == Optimizer::sgd) {
     g += s.decay * w;
     if (m) g = *m = s.momentum * *m + g;
@@ -61,18 +62,21 @@ WIDEHEAD_INLINE Real stepped(const UpdateScalars<Real>& s, Optimizer kind, Real 
 template <class Real>
 Real adagrad_scale(const UpdateScalars<Real>& s, const Real* g, i64 n, Real* state) {
   *state += static_cast<Real>(dot_f64(g, g, n) / static_cast<double>(n));
-  return static_cast<Real>(static_cast<double>(s.lr) / (__builtin_sqrt(static_cast<double>(*state)) + static_cast<double>(s.eps)));
+  return static_cast<Real>(static_cast<double>(s.lr) /
+                           (__builtin_sqrt(static_cast<double>(*state)) + static_cast<double>(s.eps)));
 }
 
 template <Optimizer kKind, bool kMoments, class Real>
 void step_row(const UpdateScalars<Real>& s, Real* __restrict__ w, const Real* __restrict__ g, Real* __restrict__ m,
               Real* __restrict__ v, Real row_scale, i64 n) {
   for (i64 j = 0; j < n; ++j)
-    w[j] = stepped<Real>(s, kKind, w[j], g[j], kMoments ? m + j : nullptr, kKind == Optimizer::adam ? v + j : nullptr, row_scale);
+    w[j] = stepped<Real>(s, kKind, w[j], g[j], kMoments ? m + j : nullptr, kKind == Optimizer::adam ? v + j : nullptr,
+                         row_scale);
 }
 
 template <class Real>
-void step_any(const Update& u, const UpdateScalars<Real>& s, Real* w, const Real* g, Real* m, Real* v, Real row_scale, i64 n) {
+void step_any(const Update& u, const UpdateScalars<Real>& s, Real* w, const Real* g, Real* m, Real* v, Real row_scale,
+              i64 n) {
   if (u.optimizer == Optimizer::adam) return step_row<Optimizer::adam, true>(s, w, g, m, v, row_scale, n);
   if (u.optimizer == Optimizer::adagrad) return step_row<Optimizer::adagrad, false>(s, w, g, m, v, row_scale, n);
   if (m) return step_row<Optimizer::sgd, true>(s, w, g, m, v, row_scale, n);
@@ -110,7 +114,8 @@ WIDEHEAD_INLINE Words stochastic_bits(Vec<float> x, Words random16) {
   return (special & bf16_bits(x)) | (~special & ((u + random16) >> 16));
 }
 
-inline void round_stochastic(const RandomStream& stream, uint64_t row, i64 first_col, const float* x, uint16_t* out, i64 n) {
+inline void round_stochastic(const RandomStream& stream, uint64_t row, i64 first_col, const float* x, uint16_t* out,
+                             i64 n) {
   constexpr i64 kLanes = Simd<float>::kLanes, kColumns = 8 * kLanes;
   i64 j = 0;
   for (; j < n && ((first_col + j) & 7); ++j)
@@ -120,7 +125,8 @@ inline void round_stochastic(const RandomStream& stream, uint64_t row, i64 first
     random_halves(stream, row, static_cast<uint32_t>((first_col + j) >> 3), bits);
     const i64 len = n - j < kColumns ? n - j : kColumns;
     i64 i = 0;
-    for (; i + kLanes <= len; i += kLanes) store_halves(out + j + i, stochastic_bits(load(x + j + i), load_words(bits + i)));
+    for (; i + kLanes <= len; i += kLanes)
+      store_halves(out + j + i, stochastic_bits(load(x + j + i), load_words(bits + i)));
     for (; i < len; ++i) out[j + i] = bf16_stochastic(x[j + i], bits[i]);
   }
 }
@@ -180,8 +186,9 @@ void update_row_as(const Update& u, const UpdateScalars<Real>& s, AnyMatrix weig
   }
   if constexpr (sizeof(Real) == 4) {
     if (weight.dtype == Dtype::bf16)
-      return update_bf16(u, s, Purpose::rounding_weight, static_cast<uint64_t>(u.first_row + row), 0, row_of<uint16_t>(weight, row),
-                         g, m, v, row_of<uint16_t>(u.compensation, row), row_scale, weight.cols);
+      return update_bf16(u, s, Purpose::rounding_weight, static_cast<uint64_t>(u.first_row + row), 0,
+                         row_of<uint16_t>(weight, row), g, m, v, row_of<uint16_t>(u.compensation, row), row_scale,
+                         weight.cols);
   }
   step_any<Real>(u, s, row_of<Real>(weight, row), g, m, v, row_scale, weight.cols);
 }
