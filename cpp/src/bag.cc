@@ -27,7 +27,8 @@ void check_indices(const I* indices, std::int64_t n, std::int64_t rows) {
 }
 
 void check_input(const BagInput& x, const ConstAnyMatrix& table) {
-  expect_dtype("table", table.dtype, table.dtype == Dtype::f32 || table.dtype == Dtype::bf16 || table.dtype == Dtype::f64,
+  expect_dtype("table", table.dtype,
+               table.dtype == Dtype::f32 || table.dtype == Dtype::bf16 || table.dtype == Dtype::f64,
                "float32, bfloat16 or float64");
   if (table.rows >= INT32_MAX)
     throw ShapeError("table: expected fewer than 2^31 - 1 rows, got " + to_string(table.rows));
@@ -69,7 +70,8 @@ class Transposed {
   explicit Transposed(const BagInput& x, std::int64_t n_features) : n_(static_cast<std::size_t>(x.nnz())) {
     keys_.resize(n_), entries_.resize(n_), other_keys_.resize(n_), other_entries_.resize(n_), example_of_.resize(n_);
     for (std::int64_t b = 0; b < x.rows; ++b)
-      std::fill(example_of_.begin() + x.indptr[b], example_of_.begin() + x.indptr[b + 1], static_cast<std::uint32_t>(b));
+      std::fill(example_of_.begin() + x.indptr[b], example_of_.begin() + x.indptr[b + 1],
+                static_cast<std::uint32_t>(b));
     for (std::size_t e = 0; e < n_; ++e) {
       keys_[e] = x.indices.dtype == Dtype::i64
                      ? static_cast<std::uint32_t>(static_cast<const std::int64_t*>(x.indices.data)[e])
@@ -143,8 +145,9 @@ void bag_forward(const BagForward& args) {
   check_scale(args.normalise, args.scale);
   check_result("out", args.out, x.rows, args.table);
   check_norms(args.norms, x.rows, args.table, false);
-  const cpu::BagForwardPlan plan{x.indptr,       x.indices.data, x.indices.dtype == Dtype::i64, x.values, args.table,
-                                 args.normalise, args.scale,     args.out,                      args.norms.data};
+  const cpu::BagForwardPlan plan{x.indptr,   x.indices.data, x.indices.dtype == Dtype::i64,
+                                 x.values,   args.table,     args.normalise,
+                                 args.scale, args.out,       args.norms.data};
   over_examples(x.rows, [&](std::int64_t begin, std::int64_t end) { cpu::kernels().bag.forward(plan, begin, end); });
 }
 
@@ -178,8 +181,14 @@ void bag_step(const BagStep& args) {
   }
   const Transposed batch(x, args.table.rows);
   const auto touched = static_cast<std::int64_t>(batch.features.size());
-  const cpu::BagStepPlan plan{batch.segments.data(), batch.features.data(), batch.examples(),
-                              x.values ? batch.values.data() : nullptr, touched, args.table, grad, &update};
+  const cpu::BagStepPlan plan{batch.segments.data(),
+                              batch.features.data(),
+                              batch.examples(),
+                              x.values ? batch.values.data() : nullptr,
+                              touched,
+                              args.table,
+                              grad,
+                              &update};
   // Tasks of about as many entries each, cut between features.
   const std::int64_t tasks = std::clamp<std::int64_t>(x.nnz() / 512, 1, 4096);
   const auto cut = [&](std::int64_t t) {

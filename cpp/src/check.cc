@@ -48,14 +48,17 @@ void expect_size(const char* name, const ConstAnyVector& v, int64_t size, bool r
     if (required) throw ShapeError(string(name) + ": expected " + to_string(size) + " elements, got none");
     return;
   }
-  if (v.size != size) throw ShapeError(string(name) + ": expected " + to_string(size) + " elements, got " + to_string(v.size));
+  if (v.size != size)
+    throw ShapeError(string(name) + ": expected " + to_string(size) + " elements, got " + to_string(v.size));
 }
 
 void expect_shape(const char* name, const ConstAnyMatrix& m, int64_t rows, int64_t cols) {
   if (m.rows != rows || m.cols != cols)
-    throw ShapeError(string(name) + ": expected shape [" + to_string(rows) + ", " + to_string(cols) + "], got " + shape(m));
+    throw ShapeError(string(name) + ": expected shape [" + to_string(rows) + ", " + to_string(cols) + "], got " +
+                     shape(m));
   if (m.rows > 1 && m.stride < m.cols)
-    throw ShapeError(string(name) + ": rows overlap: stride " + to_string(m.stride) + " is below " + to_string(m.cols) + " columns");
+    throw ShapeError(string(name) + ": rows overlap: stride " + to_string(m.stride) + " is below " + to_string(m.cols) +
+                     " columns");
 }
 
 void check_option(const char* name, double x, bool ok, const char* expected) {
@@ -68,10 +71,13 @@ void check_finite(const ConstAnyMatrix& m, const char* name) {
     switch (m.dtype) {
       case Dtype::f64: ok = finite_row(static_cast<const double*>(m.data) + r * m.stride, m.cols); break;
       case Dtype::f32: ok = finite_row(static_cast<const float*>(m.data) + r * m.stride, m.cols); break;
-      case Dtype::bf16: ok = finite_row_bits(static_cast<const std::uint16_t*>(m.data) + r * m.stride, m.cols, 0x7F80); break;
+      case Dtype::bf16:
+        ok = finite_row_bits(static_cast<const std::uint16_t*>(m.data) + r * m.stride, m.cols, 0x7F80);
+        break;
       default: ok = finite_row_bits(static_cast<const std::uint16_t*>(m.data) + r * m.stride, m.cols, 0x7C00);
     }
-    if (!ok) throw NonFiniteError(string(name) + ": expected finite numbers, got NaN or infinity in row " + to_string(r));
+    if (!ok)
+      throw NonFiniteError(string(name) + ": expected finite numbers, got NaN or infinity in row " + to_string(r));
   }
 }
 void check_finite(const ConstAnyVector& v, const char* name) {
@@ -94,7 +100,8 @@ void check_update(const ConstAnyMatrix& weight, const ConstAnyVector& bias, cons
     throw ShapeError("first: given without momentum; leave it out for plain SGD");
   check_state("first", u.first, adam || momentum, real, rows, cols);
   check_state("second", u.second, adam || adagrad, real, rows, adagrad ? 1 : cols);
-  check_state("compensation", u.compensation, weight.dtype == Dtype::bf16 && u.rounding == Rounding::kahan, Dtype::bf16, rows, cols);
+  check_state("compensation", u.compensation, weight.dtype == Dtype::bf16 && u.rounding == Rounding::kahan, Dtype::bf16,
+              rows, cols);
   if (!bias) return;
   const auto vector = [](const AnyVector& v) { return AnyMatrix(v.data, v.dtype, v.size, 1, 1); };
   check_state("bias_first", vector(u.bias_first), adam || momentum, real, rows, 1);

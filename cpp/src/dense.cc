@@ -30,12 +30,14 @@ void check_layer(const DenseLayer& l) {
   if (l.weight.rows < 1 || l.weight.cols < 1)
     throw ShapeError("weight: expected at least one class and one feature, got shape " + shape(l.weight));
   if (l.hidden.rows > 0 && l.hidden.cols != l.weight.cols)
-    throw ShapeError("hidden: expected " + to_string(l.weight.cols) + " features as in weight, got shape " + shape(l.hidden));
+    throw ShapeError("hidden: expected " + to_string(l.weight.cols) + " features as in weight, got shape " +
+                     shape(l.hidden));
   expect_shape("hidden", l.hidden, l.hidden.rows, l.weight.cols);
   expect_shape("weight", l.weight, l.weight.rows, l.weight.cols);
   expect_size("bias", l.bias, l.weight.rows);
   if (l.bias) {
-    expect_dtype("bias", l.bias.dtype, floating(l.bias.dtype) && l.bias.dtype != Dtype::f16, "float32, bfloat16 or float64");
+    expect_dtype("bias", l.bias.dtype, floating(l.bias.dtype) && l.bias.dtype != Dtype::f16,
+                 "float32, bfloat16 or float64");
     if ((l.bias.dtype == Dtype::f64) != (w == Dtype::f64))
       throw DtypeError(string("bias: ") + name_of(l.bias.dtype) + " does not go with weights of " + name_of(w));
   }
@@ -43,15 +45,19 @@ void check_layer(const DenseLayer& l) {
 
 void check_target(const DenseLayer& l, const Labels& target, const LossOptions& loss) {
   if (target.rows != l.hidden.rows)
-    throw ShapeError("target: expected " + to_string(l.hidden.rows) + " rows as in hidden, got " + to_string(target.rows));
+    throw ShapeError("target: expected " + to_string(l.hidden.rows) + " rows as in hidden, got " +
+                     to_string(target.rows));
   if (target.n_classes != l.weight.rows)
-    throw ShapeError("target: is over " + to_string(target.n_classes) + " classes, the weights over " + to_string(l.weight.rows));
+    throw ShapeError("target: is over " + to_string(target.n_classes) + " classes, the weights over " +
+                     to_string(l.weight.rows));
   const bool softmax = loss.kind == Loss::softmax;
-  check_option("label_smoothing", loss.label_smoothing, loss.label_smoothing >= 0 && loss.label_smoothing <= 1, "a number in [0, 1]");
+  check_option("label_smoothing", loss.label_smoothing, loss.label_smoothing >= 0 && loss.label_smoothing <= 1,
+               "a number in [0, 1]");
   check_option("lse_penalty", loss.lse_penalty, loss.lse_penalty >= 0, "a number >= 0");
   check_option("softcap", loss.softcap, loss.softcap >= 0, "a number > 0, or 0 for none");
   if (!softmax && (loss.label_smoothing > 0 || loss.lse_penalty > 0 || loss.softcap > 0))
-    throw ShapeError(string("loss: label_smoothing, lse_penalty and softcap belong to softmax, got ") + name_of(loss.kind));
+    throw ShapeError(string("loss: label_smoothing, lse_penalty and softcap belong to softmax, got ") +
+                     name_of(loss.kind));
   if (loss.label_smoothing > 0 && target.indptr)
     throw ShapeError("label_smoothing: expected one class an example, got multi-label targets");
   if (loss.label_smoothing > 0 && l.offset) throw ShapeError("label_smoothing: does not go with a sampled softmax");
@@ -89,7 +95,8 @@ void dense_backward(const DenseBackward& args) {
   check_layer(l);
   check_outputs(l, args.losses, args.output);
   const bool softmax = args.loss.kind == Loss::softmax;
-  if (softmax && (args.losses || args.output)) throw ShapeError("losses: softmax needs dense_forward first, which computes them");
+  if (softmax && (args.losses || args.output))
+    throw ShapeError("losses: softmax needs dense_forward first, which computes them");
   expect_size("lse", args.lse, l.hidden.rows, softmax && l.hidden.rows > 0);
   expect_size("grad_losses", args.grad_losses, l.hidden.rows, l.hidden.rows > 0);
   expect_size("grad_output", args.grad_output, l.hidden.rows);
@@ -97,12 +104,14 @@ void dense_backward(const DenseBackward& args) {
   if (args.grad_hidden) expect_shape("grad_hidden", args.grad_hidden, l.hidden.rows, l.weight.cols);
   if (args.grad_weight) {
     expect_shape("grad_weight", args.grad_weight, l.weight.rows, l.weight.cols);
-    expect_dtype("grad_weight", args.grad_weight.dtype, floating(args.grad_weight.dtype) && args.grad_weight.dtype != Dtype::f16,
+    expect_dtype("grad_weight", args.grad_weight.dtype,
+                 floating(args.grad_weight.dtype) && args.grad_weight.dtype != Dtype::f16,
                  "float32, bfloat16 or float64");
   }
   expect_size("grad_bias", args.grad_bias, l.weight.rows);
   check_option("filter_eps", args.filter_eps, args.filter_eps >= 0, "a number >= 0");
-  if (args.update && args.grad_weight) throw ShapeError("update: a fused step leaves no gradient; give grad_weight or update, not both");
+  if (args.update && args.grad_weight)
+    throw ShapeError("update: a fused step leaves no gradient; give grad_weight or update, not both");
   if (args.update) check_update(l.weight, l.bias, *args.update);
   if (on_gpu(args.device)) return cuda::dense_backward(args);
   check_target(l, args.target, args.loss);
@@ -133,8 +142,9 @@ void dense_scores(const DenseScores& args) {
   const int64_t classes = args.layer.weight.rows;
   for (int64_t i = 0; i < args.layer.hidden.rows * args.n; ++i)
     if (args.classes[i] < 0 || args.classes[i] >= classes)
-      throw LabelError("classes: expected a class in [0, " + to_string(classes) + "), got " + to_string(args.classes[i]) + " at row " +
-                       to_string(i / args.n) + ", column " + to_string(i % args.n));
+      throw LabelError("classes: expected a class in [0, " + to_string(classes) + "), got " +
+                       to_string(args.classes[i]) + " at row " + to_string(i / args.n) + ", column " +
+                       to_string(i % args.n));
   if (args.layer.hidden.rows > 0 && args.n > 0) cpu::dense_scores(args);
 }
 
@@ -143,8 +153,8 @@ void dense_topk(const DenseTopK& args) {
   if (args.k < 1) throw ShapeError("k: expected at least 1, got " + to_string(args.k));
   expect_scores("scores", args.scores, args.layer, args.k);
   if (args.classes.rows != args.layer.hidden.rows || args.classes.cols != args.k)
-    throw ShapeError("classes: expected shape [" + to_string(args.layer.hidden.rows) + ", " + to_string(args.k) + "], got [" +
-                     to_string(args.classes.rows) + ", " + to_string(args.classes.cols) + "]");
+    throw ShapeError("classes: expected shape [" + to_string(args.layer.hidden.rows) + ", " + to_string(args.k) +
+                     "], got [" + to_string(args.classes.rows) + ", " + to_string(args.classes.cols) + "]");
   expect_size("lse", args.lse, args.layer.hidden.rows);
   expect_real("lse", args.lse, args.layer);
   check_option("softcap", args.softcap, args.softcap >= 0, "a number > 0, or 0 for none");

@@ -7,50 +7,37 @@ namespace widehead {
 
 const char* name_of(Isa isa) {
   switch (isa) {
-    case Isa::scalar:
-      return "scalar";
-    case Isa::avx2:
-      return "avx2";
-    case Isa::avx512:
-      return "avx512";
-    case Isa::avx512_bf16:
-      return "avx512_bf16";
+    case Isa::scalar: return "scalar";
+    case Isa::avx2: return "avx2";
+    case Isa::avx512: return "avx512";
+    case Isa::avx512_bf16: return "avx512_bf16";
   }
   return "unknown";
 }
 
 const char* name_of(Loss loss) {
   switch (loss) {
-    case Loss::softmax:
-      return "softmax";
-    case Loss::bce:
-      return "bce";
-    case Loss::squared_hinge:
-      return "squared_hinge";
+    case Loss::softmax: return "softmax";
+    case Loss::bce: return "bce";
+    case Loss::squared_hinge: return "squared_hinge";
   }
   return "unknown";
 }
 
 const char* name_of(Optimizer optimizer) {
   switch (optimizer) {
-    case Optimizer::sgd:
-      return "sgd";
-    case Optimizer::adam:
-      return "adam";
-    case Optimizer::adagrad:
-      return "adagrad";
+    case Optimizer::sgd: return "sgd";
+    case Optimizer::adam: return "adam";
+    case Optimizer::adagrad: return "adagrad";
   }
   return "unknown";
 }
 
 const char* name_of(Rounding rounding) {
   switch (rounding) {
-    case Rounding::nearest:
-      return "nearest";
-    case Rounding::stochastic:
-      return "stochastic";
-    case Rounding::kahan:
-      return "kahan";
+    case Rounding::nearest: return "nearest";
+    case Rounding::stochastic: return "stochastic";
+    case Rounding::kahan: return "kahan";
   }
   return "unknown";
 }

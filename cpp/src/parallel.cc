@@ -180,9 +180,7 @@ alignas(Pool) unsigned char pool_memory[sizeof(Pool)];
 
 // A forked child has no workers, and the locks may be held by threads that it does not have: it begins with a new pool
 // in the same memory.
-void forget_workers() {
-  new (pool_memory) Pool;
-}
+void forget_workers() { new (pool_memory) Pool; }
 
 Pool& pool() {
   static Pool* const instance = [] {

@@ -85,14 +85,10 @@ void init_uniform(const AnyMatrix& out, double low, double high, std::uint64_t s
                      std::to_string(high));
   if (first_row < 0) throw ShapeError("first_row: expected at least 0, got " + std::to_string(first_row));
   switch (out.dtype) {
-    case Dtype::f32:
-      return fill_uniform<float>(out, low, high, seed, first_row);
-    case Dtype::f64:
-      return fill_uniform<double>(out, low, high, seed, first_row);
-    case Dtype::bf16:
-      return fill_uniform<bf16>(out, low, high, seed, first_row);
-    default:
-      throw DtypeError("out: expected float32, float64 or bfloat16, got " + std::string(name_of(out.dtype)));
+    case Dtype::f32: return fill_uniform<float>(out, low, high, seed, first_row);
+    case Dtype::f64: return fill_uniform<double>(out, low, high, seed, first_row);
+    case Dtype::bf16: return fill_uniform<bf16>(out, low, high, seed, first_row);
+    default: throw DtypeError("out: expected float32, float64 or bfloat16, got " + std::string(name_of(out.dtype)));
   }
 }
 

@@ -25,12 +25,9 @@ double uniform53(const Philox4& r) {
 
 const char* name_of(Proposal proposal) {
   switch (proposal) {
-    case Proposal::uniform:
-      return "uniform";
-    case Proposal::log_uniform:
-      return "log_uniform";
-    default:
-      return "alias";
+    case Proposal::uniform: return "uniform";
+    case Proposal::log_uniform: return "log_uniform";
+    default: return "alias";
   }
 }
 
@@ -43,8 +40,7 @@ void sample_classes(const SampleClasses& args) {
   const double log_classes = std::log1p(static_cast<double>(args.n_classes));
   const auto draw = [&](std::uint64_t i) -> std::int64_t {
     switch (args.proposal) {
-      case Proposal::uniform:
-        return static_cast<std::int64_t>(random.below(classes, i, 0));
+      case Proposal::uniform: return static_cast<std::int64_t>(random.below(classes, i, 0));
       case Proposal::log_uniform: {
         // P(C > c) = 1 - log(c + 2) / log(D + 1): invert, and keep rounding from reaching D.
         const double x = std::expm1(uniform53(random.block(i, 0)) * log_classes);

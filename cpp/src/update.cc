@@ -45,8 +45,10 @@ void check_rows(const UpdateRows& args) {
   std::sort(sorted.begin(), sorted.end());
   for (std::size_t i = 0; i < sorted.size(); ++i) {
     if (sorted[i] < 0 || sorted[i] >= args.weight.rows)
-      throw LabelError("rows: expected rows in [0, " + std::to_string(args.weight.rows) + "), got " + std::to_string(sorted[i]));
-    if (i > 0 && sorted[i] == sorted[i - 1]) throw LabelError("rows: expected distinct rows, got " + std::to_string(sorted[i]) + " twice");
+      throw LabelError("rows: expected rows in [0, " + std::to_string(args.weight.rows) + "), got " +
+                       std::to_string(sorted[i]));
+    if (i > 0 && sorted[i] == sorted[i - 1])
+      throw LabelError("rows: expected distinct rows, got " + std::to_string(sorted[i]) + " twice");
   }
 }
 
@@ -59,9 +61,11 @@ void update_rows(const UpdateRows& args) {
   expect_dtype("grad", args.grad.dtype, gradient(args.grad.dtype), "float32, bfloat16 or float64");
   expect_size("bias", args.bias, args.weight.rows);
   expect_size("grad_bias", args.grad_bias, args.n, static_cast<bool>(args.bias));
-  if (args.grad_bias) expect_dtype("grad_bias", args.grad_bias.dtype, gradient(args.grad_bias.dtype), "float32, bfloat16 or float64");
+  if (args.grad_bias)
+    expect_dtype("grad_bias", args.grad_bias.dtype, gradient(args.grad_bias.dtype), "float32, bfloat16 or float64");
   if (args.bias && (args.bias.dtype == Dtype::f64) != (args.weight.dtype == Dtype::f64))
-    throw DtypeError(std::string("bias: ") + name_of(args.bias.dtype) + " does not go with weights of " + name_of(args.weight.dtype));
+    throw DtypeError(std::string("bias: ") + name_of(args.bias.dtype) + " does not go with weights of " +
+                     name_of(args.weight.dtype));
   if (!args.update) throw ShapeError("update: expected an optimiser step, got none");
   check_update(args.weight, args.bias, *args.update);
   check_rows(args);

@@ -13,25 +13,13 @@ std::string dtype_name(nb::dlpack::dtype t) {
   using Code = nb::dlpack::dtype_code;
   std::string base;
   switch (static_cast<Code>(t.code)) {
-    case Code::Int:
-      base = "int";
-      break;
-    case Code::UInt:
-      base = "uint";
-      break;
-    case Code::Float:
-      base = "float";
-      break;
-    case Code::Bfloat:
-      base = "bfloat";
-      break;
-    case Code::Complex:
-      base = "complex";
-      break;
-    case Code::Bool:
-      return "bool";
-    default:
-      return "a data type of code " + std::to_string(t.code);
+    case Code::Int: base = "int"; break;
+    case Code::UInt: base = "uint"; break;
+    case Code::Float: base = "float"; break;
+    case Code::Bfloat: base = "bfloat"; break;
+    case Code::Complex: base = "complex"; break;
+    case Code::Bool: return "bool";
+    default: return "a data type of code " + std::to_string(t.code);
   }
   return base + std::to_string(t.bits);
 }

@@ -18,9 +18,7 @@ namespace nb = nanobind;
 
 // A set of data types, as bits.
 using Dtypes = unsigned;
-constexpr Dtypes one_of(Dtype t) {
-  return 1u << static_cast<unsigned>(t);
-}
+constexpr Dtypes one_of(Dtype t) { return 1u << static_cast<unsigned>(t); }
 inline constexpr Dtypes kFloating = one_of(Dtype::f32) | one_of(Dtype::f64) | one_of(Dtype::bf16) | one_of(Dtype::f16);
 inline constexpr Dtypes kStored =
     one_of(Dtype::f32) | one_of(Dtype::f64) | one_of(Dtype::bf16);          // weights and their gradients

@@ -56,8 +56,8 @@ void step(nb::handle indptr, nb::handle indices, nb::handle values, nb::handle t
 
 void bind_bag(nb::module_& m) {
   const nb::object none = nb::none();
-  m.def("bag_forward", &forward, nb::kw_only(), "indptr"_a.none(), "indices"_a.none(), "values"_a.none(), "table"_a.none(),
-        "normalise"_a, "scale"_a, "out"_a.none(), "norms"_a.none() = none);
+  m.def("bag_forward", &forward, nb::kw_only(), "indptr"_a.none(), "indices"_a.none(), "values"_a.none(),
+        "table"_a.none(), "normalise"_a, "scale"_a, "out"_a.none(), "norms"_a.none() = none);
   m.def("bag_step", &step, nb::kw_only(), "indptr"_a.none(), "indices"_a.none(), "values"_a.none(), "table"_a.none(),
         "normalise"_a, "scale"_a, "out"_a.none() = none, "norms"_a.none() = none, "grad"_a.none(), "update"_a);
 }

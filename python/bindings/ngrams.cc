@@ -89,8 +89,8 @@ nb::tuple typos(nb::handle text, double rate, double second, std::uint64_t seed,
 }  // namespace
 
 void bind_ngrams(nb::module_& m) {
-  m.def("ngrams", &ngrams, nb::kw_only(), "text"_a, "romanised"_a.none(), "n_features"_a, "min_n"_a, "max_n"_a, "words"_a,
-        "whole_words"_a, "separate"_a, "binary"_a, "norm"_a);
+  m.def("ngrams", &ngrams, nb::kw_only(), "text"_a, "romanised"_a.none(), "n_features"_a, "min_n"_a, "max_n"_a,
+        "words"_a, "whole_words"_a, "separate"_a, "binary"_a, "norm"_a);
   m.def("transliterate", &replace, nb::kw_only(), "text"_a, "table"_a);
   m.def("typos", &typos, nb::kw_only(), "text"_a, "rate"_a, "second"_a, "seed"_a, "step"_a, "first_row"_a);
 }

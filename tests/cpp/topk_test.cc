@@ -78,12 +78,8 @@ void against_sort() {
   }
 }
 
-TEST(float_against_sort) {
-  against_sort<float>();
-}
-TEST(double_against_sort) {
-  against_sort<double>();
-}
+TEST(float_against_sort) { against_sort<float>(); }
+TEST(double_against_sort) { against_sort<double>(); }
 
 TEST(ties_go_to_the_lower_class) {
   const std::vector<std::pair<float, std::int64_t>> stream = {{1, 9}, {1, 3}, {1, 7}, {1, 1}, {1, 5}};

@@ -18,21 +18,22 @@ namespace widehead {
 // What every operation of the head reads. Arithmetic: float64 weights in float64 (CPU only); float32 weights in float32;
 // bfloat16 weights by products of bfloat16 (hidden is rounded to it) accumulated in float32.
 struct DenseLayer {
-  ConstAnyMatrix hidden;          // [B, d] float32 | bfloat16 | float16 | float64 (with float64 weights)
-  ConstAnyMatrix weight;          // [D, d] float32 | bfloat16 | float64
-  ConstAnyVector bias;            // [D] or empty; float32 | bfloat16 | float64
-  const float* offset = nullptr;  // [D] or null: added to a class's logit except where it is the example's own target:
-                                  //   the log-weight of a sampled class; -infinity: the class serves its own examples only
+  ConstAnyMatrix hidden = {};  // [B, d] float32 | bfloat16 | float16 | float64 (with float64 weights)
+  ConstAnyMatrix weight = {};  // [D, d] float32 | bfloat16 | float64
+  ConstAnyVector bias = {};    // [D] or empty; float32 | bfloat16 | float64
+  // [D] or null: added to a class's logit except where it is the example's own target. The log-weight of a sampled
+  // class; -infinity: the class serves its own examples only.
+  const float* offset = nullptr;
 };
 
 // Losses of a batch. Per-example outputs are float32 (float64 with float64 weights); any of them may be left out.
 struct DenseForward {
-  DenseLayer layer;
-  Labels target;
-  LossOptions loss;
-  AnyVector losses;  // [B] loss of each example, before any reduction; 0 where ignored
-  AnyVector output;  // [B] softmax: log-probability of the target, sum_j y_j (z_j - lse); bce, hinge: sum_j y_j z_j
-  AnyVector lse;     // [B] log-sum-exp of the logits, softmax only; DenseBackward wants it
+  DenseLayer layer = {};
+  Labels target = {};
+  LossOptions loss = {};
+  AnyVector losses = {};  // [B] loss of each example, before any reduction; 0 where ignored
+  AnyVector output = {};  // [B] softmax: log-probability of the target, sum_j y_j (z_j - lse); others: sum_j y_j z_j
+  AnyVector lse = {};     // [B] log-sum-exp of the logits, softmax only; DenseBackward wants it
   Device device = {};
 };
 void dense_forward(const DenseForward& args);
@@ -40,21 +41,21 @@ void dense_forward(const DenseForward& args);
 // Gradients, and with `update` the optimiser's step on weight and bias.
 // The objective is sum_i grad_loss_i loss_i + grad_output_i output_i + grad_lse_i lse_i.
 struct DenseBackward {
-  DenseLayer layer;
-  Labels target;
-  LossOptions loss;
-  ConstAnyVector lse;          // [B] from dense_forward; softmax only
-  ConstAnyVector grad_losses;  // [B]
-  ConstAnyVector grad_output;  // [B] or empty
-  ConstAnyVector grad_lse;     // [B] or empty
-  AnyMatrix grad_hidden;       // [B, d] any floating dtype, or empty; overwritten
-  AnyMatrix grad_weight;       // [D, d] float32 | bfloat16 | float64, or empty; overwritten
-  AnyVector grad_bias;         // [D], or empty
+  DenseLayer layer = {};
+  Labels target = {};
+  LossOptions loss = {};
+  ConstAnyVector lse = {};          // [B] from dense_forward; softmax only
+  ConstAnyVector grad_losses = {};  // [B]
+  ConstAnyVector grad_output = {};  // [B] or empty
+  ConstAnyVector grad_lse = {};     // [B] or empty
+  AnyMatrix grad_hidden = {};       // [B, d] any floating dtype, or empty; overwritten
+  AnyMatrix grad_weight = {};       // [D, d] float32 | bfloat16 | float64, or empty; overwritten
+  AnyVector grad_bias = {};         // [D], or empty
   // Fused: the step is applied to layer.weight and layer.bias, which must then be writable, and to the state in *update.
   const Update* update = nullptr;
   // bce and hinge need one pass: with these given, the losses of DenseForward are computed on the way.
-  AnyVector losses;
-  AnyVector output;
+  AnyVector losses = {};
+  AnyVector output = {};
   // Softmax gradient filtering: a tile in which every |dL/dz| stays below filter_eps * max_i |grad_losses_i| is skipped.
   // Each skipped entry is in error by less than that. 0: off. *filtered counts the skipped tiles.
   double filter_eps = 0.0;
@@ -66,20 +67,20 @@ void dense_backward(const DenseBackward& args);
 
 // logits [B, D]; for callers who want all of them.
 struct DenseLogits {
-  DenseLayer layer;
+  DenseLayer layer = {};
   double softcap = 0.0;
-  AnyMatrix logits;  // [B, D] float32 | float64
+  AnyMatrix logits = {};  // [B, D] float32 | float64
   Device device = {};
 };
 void dense_logits(const DenseLogits& args);
 
 // scores[b, j] = logit of class classes[b, j].
 struct DenseScores {
-  DenseLayer layer;
+  DenseLayer layer = {};
   double softcap = 0.0;
   const std::int64_t* classes = nullptr;  // [B, n]
   std::int64_t n = 0;
-  AnyMatrix scores;  // [B, n] float32 | float64
+  AnyMatrix scores = {};  // [B, n] float32 | float64
   Device device = {};
 };
 void dense_scores(const DenseScores& args);
@@ -87,14 +88,14 @@ void dense_scores(const DenseScores& args);
 // The k best classes, best first; equal scores in order of class. Rows with fewer than k classes left by `exclude`
 // end with score -infinity and class -1.
 struct DenseTopK {
-  DenseLayer layer;
+  DenseLayer layer = {};
   double softcap = 0.0;
   std::int64_t k = 1;
   const std::int64_t* exclude_indptr = nullptr;   // [B + 1] or null: classes that must not appear, CSR
   const std::int64_t* exclude_indices = nullptr;  // [nnz]
-  AnyMatrix scores;                               // [B, k] float32 | float64
-  Matrix<std::int64_t> classes;                   // [B, k]
-  AnyVector lse;                                  // [B] or empty: filled with the log-sum-exp of all logits
+  AnyMatrix scores = {};                          // [B, k] float32 | float64
+  Matrix<std::int64_t> classes = {};              // [B, k]
+  AnyVector lse = {};                             // [B] or empty: filled with the log-sum-exp of all logits
   Device device = {};
 };
 void dense_topk(const DenseTopK& args);

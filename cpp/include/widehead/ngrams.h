@@ -24,8 +24,8 @@ enum class NgramNorm : std::uint8_t { none, l1, l2 };
 struct NgramOptions {
   std::int64_t n_features = std::int64_t{1} << 18;  // 1 to 2^31 - 1
   int min_n = 2;
-  int max_n = 4;             // at most 64
-  bool words = true;         // n-grams stay inside words, each padded by a space on both sides; else runs of blanks are one
+  int max_n = 4;      // at most 64
+  bool words = true;  // n-grams stay inside words, each padded by a space on both sides; else runs of blanks are one
   bool whole_words = false;  // one more feature for every word
   bool separate = false;     // romanised n-grams get features of their own; else they share those of the text
   bool binary = false;       // 1 for every feature that occurs, instead of its count

@@ -56,12 +56,15 @@ struct RandomStream {
   std::uint64_t step = 0;
 
   // Counter = (block, row low, row high, step low); key = seed, with purpose and step high mixed into its halves.
+  WIDEHEAD_HD std::uint32_t key0() const {
+    return static_cast<std::uint32_t>(seed) ^ (static_cast<std::uint32_t>(purpose) * 0x85EBCA6Bu);
+  }
+  WIDEHEAD_HD std::uint32_t key1() const {
+    return static_cast<std::uint32_t>(seed >> 32) ^ (static_cast<std::uint32_t>(step >> 32) * 0xC2B2AE35u);
+  }
   WIDEHEAD_HD Philox4 block(std::uint64_t row, std::uint32_t block_index) const {
-    const std::uint32_t k0 = static_cast<std::uint32_t>(seed) ^ (static_cast<std::uint32_t>(purpose) * 0x85EBCA6Bu);
-    const std::uint32_t k1 =
-        static_cast<std::uint32_t>(seed >> 32) ^ (static_cast<std::uint32_t>(step >> 32) * 0xC2B2AE35u);
     return philox(block_index, static_cast<std::uint32_t>(row), static_cast<std::uint32_t>(row >> 32),
-                  static_cast<std::uint32_t>(step), k0, k1);
+                  static_cast<std::uint32_t>(step), key0(), key1());
   }
   // 16 random bits for column `col` of `row`: eight columns share a block.
   WIDEHEAD_HD std::uint32_t bits16(std::uint64_t row, std::uint64_t col) const {
@@ -76,8 +79,7 @@ struct RandomStream {
   // Uniform in {0, ..., n - 1}, by the high half of a 64 x 64 bit product: bias below n / 2^64.
   WIDEHEAD_HD std::uint64_t below(std::uint64_t n, std::uint64_t row, std::uint32_t index) const {
     const Philox4 r = block(row, index >> 1);
-    const std::uint64_t x =
-        (static_cast<std::uint64_t>(r.v[(index & 1) * 2 + 1]) << 32) | r.v[(index & 1) * 2];
+    const std::uint64_t x = (static_cast<std::uint64_t>(r.v[(index & 1) * 2 + 1]) << 32) | r.v[(index & 1) * 2];
     const std::uint64_t xl = x & 0xFFFFFFFFu, xh = x >> 32, nl = n & 0xFFFFFFFFu, nh = n >> 32;
     const std::uint64_t mid = xh * nl + ((xl * nl) >> 32);
     const std::uint64_t mid2 = xl * nh + (mid & 0xFFFFFFFFu);

@@ -29,11 +29,11 @@ struct Update {
   std::uint64_t seed = 0;
   std::int64_t first_row = 0;  // global row of row 0, so that shards draw the same numbers as the whole
 
-  AnyMatrix first;         // [D, d] momentum, or Adam's first moment
-  AnyMatrix second;        // [D, d] Adam's second moment; adagrad: [D, 1]
-  AnyMatrix compensation;  // [D, d] bfloat16, kahan
-  AnyVector bias_first;    // [D]
-  AnyVector bias_second;   // [D]
+  AnyMatrix first = {};         // [D, d] momentum, or Adam's first moment
+  AnyMatrix second = {};        // [D, d] Adam's second moment; adagrad: [D, 1]
+  AnyMatrix compensation = {};  // [D, d] bfloat16, kahan
+  AnyVector bias_first = {};    // [D]
+  AnyVector bias_second = {};   // [D]
 };
 
 }  // namespace widehead

@@ -41,8 +41,8 @@ void bag_forward_rows(const BagForwardPlan& p, i64 begin, i64 end) {
     for (i64 k = 0; k < d; ++k) sum[k] = 0;
     for (i64 e = p.indptr[b]; e < p.indptr[b + 1]; ++e) {
       if (e + kAhead < last) prefetch_row(table, indices[e + kAhead], row_bytes);
-      bag_add(table + static_cast<i64>(indices[e]) * p.table.stride, p.values ? static_cast<A>(p.values[e]) : A{1},
-              d, sum);
+      bag_add(table + static_cast<i64>(indices[e]) * p.table.stride, p.values ? static_cast<A>(p.values[e]) : A{1}, d,
+              sum);
     }
     if (!p.normalise) continue;
     const double norm = __builtin_sqrt(dot_f64(sum, sum, d));

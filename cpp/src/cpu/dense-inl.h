@@ -11,21 +11,23 @@ Tile<M> carve_tile(const DenseGeometry& g, const Shape<M>& s, Carve& carve, bool
   Tile<M> t{};
   t.weight = carve.take<typename M::Elem>(g.tile * s.weight_panels * Tile<M>::kP);
   t.weight_rows = t.weight;
-  if (M::kPack == 2 && backward) t.weight_rows = carve.take<typename M::Elem>(g.tile / 2 * s.feature_panels * Tile<M>::kP);
+  if (M::kPack == 2 && backward)
+    t.weight_rows = carve.take<typename M::Elem>(g.tile / 2 * s.feature_panels * Tile<M>::kP);
   t.add = carve.take<typename M::Real>(g.tile);
   t.bias = carve.take<typename M::Real>(g.tile);
   return t;
 }
 
 template <class M>
-void forward(const DenseContext& ctx, const DenseGeometry& g, i64 first_tile, i64 end_tile, ForwardPartial& partial, void* scratch) {
+void forward(const DenseContext& ctx, const DenseGeometry& g, i64 first_tile, i64 end_tile, ForwardPartial& partial,
+             void* scratch) {
   using S = Shape<M>;
   const S s(ctx.batch, ctx.features);
   Carve carve{static_cast<char*>(scratch)};
   Tile<M> t = carve_tile<M>(g, s, carve, false);
   auto* z = carve.take<typename M::Real>(g.tile * S::kP);
   for (i64 index = first_tile; index < end_tile; ++index) {
-    begin_tile<M>(ctx, s, t, g.tile, index);
+    begin_tile<M>(ctx, s, t, g.tile, index, ctx.batch);
     for (i64 b0 = 0; b0 < ctx.batch; b0 += S::kP) {
       const int vectors = s.vectors(ctx.batch - b0);
       tile_logits<M>(ctx, s, t, b0 / S::kBlock, b0 % S::kBlock / S::kP, z, vectors);
@@ -40,12 +42,12 @@ template <class M>
 struct GradientTile {
   using Real = typename M::Real;
   using Elem = typename M::Elem;
-  Real* g;         // [batch panel][padded][PW]
-  Real* grad;      // dW, [feature panel][padded][PW]
-  Real* bias;      // [tile] sum of G over the batch
-  Real* row;       // [feature panels * PW] one row of dW
-  Elem* columns;   // pairs of classes of one panel, [padded / 2][PW]; only where pack is 2
-  Elem* rows;      // pairs of examples, [batch panel / 2][padded][PW]; only where pack is 2
+  Real* g;        // [batch panel][padded][PW]
+  Real* grad;     // dW, [feature panel][padded][PW]
+  Real* bias;     // [tile] sum of G over the batch
+  Real* row;      // [feature panels * PW] one row of dW
+  Elem* columns;  // pairs of classes of one panel, [padded / 2][PW]; only where pack is 2
+  Elem* rows;     // pairs of examples, [batch panel / 2][padded][PW]; only where pack is 2
 };
 
 template <class M>
@@ -104,7 +106,8 @@ void sum_bias(const Tile<M>& t, const typename M::Real* g, typename M::Real* bia
 
 // G of one block of examples; false when every entry is below the filter.
 template <class M>
-bool gradient_block(const DenseContext& ctx, const Shape<M>& s, const Tile<M>& t, GradientTile<M>& q, i64 block, const BackwardTask& task) {
+bool gradient_block(const DenseContext& ctx, const Shape<M>& s, Tile<M>& t, GradientTile<M>& q, i64 block,
+                    const BackwardTask& task) {
   constexpr i64 kP = Tile<M>::kP;
   bool keep = ctx.filter_below <= 0;
   const i64 panels = s.block_rows(block) / kP;
@@ -126,8 +129,8 @@ bool gradient_block(const DenseContext& ctx, const Shape<M>& s, const Tile<M>& t
 }
 
 template <class M>
-void add_grad_hidden(const DenseContext& ctx, const Shape<M>& s, const Tile<M>& t, const GradientTile<M>& q, i64 block, i64 panel,
-                     typename M::Real* grad_hidden) {
+void add_grad_hidden(const DenseContext& ctx, const Shape<M>& s, const Tile<M>& t, const GradientTile<M>& q, i64 block,
+                     i64 panel, typename M::Real* grad_hidden) {
   constexpr i64 kP = Tile<M>::kP;
   const i64 rows = round_up(at_most(kP, ctx.batch - block * Shape<M>::kBlock - panel * kP), kRowStep);
   const i64 width = s.feature_panels * kP, block_rows = s.block_rows(block);
@@ -138,25 +141,30 @@ void add_grad_hidden(const DenseContext& ctx, const Shape<M>& s, const Tile<M>& 
   } else {
     a = q.g + panel * t.padded * kP;
   }
+  Prefetch none;
   for (i64 f = 0; f < s.feature_panels; ++f)
-    gemm_panel<M, Order::columns>(a, 0, rows, t.weight_rows + f * (t.padded / M::kPack) * kP, t.padded / M::kPack, out + f * block_rows * kP,
-                                  true, s.vectors(s.features - f * kP));
+    gemm_panel<M, Order::columns>(a, 0, rows, t.weight_rows + f * (t.padded / M::kPack) * kP, t.padded / M::kPack,
+                                  out + f * block_rows * kP, true, s.vectors(s.features - f * kP), none);
 }
 
 template <class M>
-void add_grad_weight(const DenseContext& ctx, const Shape<M>& s, const Tile<M>& t, const GradientTile<M>& q, i64 block, bool accumulate) {
+void add_grad_weight(const DenseContext& ctx, const Shape<M>& s, const Tile<M>& t, const GradientTile<M>& q, i64 block,
+                     bool accumulate) {
   constexpr i64 kP = Tile<M>::kP;
-  const i64 width = s.feature_panels * kP, stored = s.block_rows(block) / M::kPack, depth = ceil_div(s.block_batch(block), M::kPack);
-  const auto* rows = static_cast<const typename M::Elem*>(ctx.packed_rows) + block * Shape<M>::kBlock / M::kPack * width;
+  const i64 width = s.feature_panels * kP, stored = s.block_rows(block) / M::kPack,
+            depth = ceil_div(s.block_batch(block), M::kPack);
+  const auto* rows =
+      static_cast<const typename M::Elem*>(ctx.packed_rows) + block * Shape<M>::kBlock / M::kPack * width;
   const typename M::Elem* a;
   if constexpr (M::kPack == 2) {
     a = q.rows;
   } else {
     a = q.g;
   }
+  Prefetch none;
   for (i64 f = 0; f < s.feature_panels; ++f)
-    gemm_panel<M, Order::rows>(a, t.padded * kP, t.padded, rows + f * stored * kP, depth, q.grad + f * t.padded * kP, accumulate,
-                               s.vectors(s.features - f * kP));
+    gemm_panel<M, Order::rows>(a, t.padded * kP, t.padded, rows + f * stored * kP, depth, q.grad + f * t.padded * kP,
+                               accumulate, s.vectors(s.features - f * kP), none);
 }
 
 template <class Real>
@@ -167,26 +175,30 @@ void write_row(AnyMatrix out, i64 row, const Real* g) {
   } else if (out.dtype == Dtype::f32) {
     for (i64 k = 0; k < out.cols; ++k) static_cast<float*>(out.data)[at + k] = static_cast<float>(g[k]);
   } else {
-    for (i64 k = 0; k < out.cols; ++k) static_cast<uint16_t*>(out.data)[at + k] = bf16_nearest(static_cast<float>(g[k]));
+    for (i64 k = 0; k < out.cols; ++k)
+      static_cast<uint16_t*>(out.data)[at + k] = bf16_nearest(static_cast<float>(g[k]));
   }
 }
 
 // Hands the rows of dW to the caller or to the optimiser.
 template <class M>
-void finish_tile(const DenseContext& ctx, const Shape<M>& s, const Tile<M>& t, GradientTile<M>& q, const BackwardTask& task) {
+void finish_tile(const DenseContext& ctx, const Shape<M>& s, const Tile<M>& t, GradientTile<M>& q,
+                 const BackwardTask& task) {
   using Real = typename M::Real;
   constexpr i64 kP = Tile<M>::kP, kLanes = kP / 2;
   const AnyMatrix weight(ctx.weight, ctx.weight_dtype, ctx.classes, ctx.features, ctx.weight_stride);
   for (i64 c = 0; c < t.count && task.want_weight; ++c) {
     for (i64 f = 0; f < s.feature_panels; ++f)
-      for (int v = 0; v < 2; ++v) store(q.row + f * kP + v * kLanes, load(q.grad + (f * t.padded + c) * kP + v * kLanes));
+      for (int v = 0; v < 2; ++v)
+        store(q.row + f * kP + v * kLanes, load(q.grad + (f * t.padded + c) * kP + v * kLanes));
     if (task.update) {
       update_row(*task.update, weight, t.first + c, q.row);
     } else {
       write_row<Real>(task.grad_weight, t.first + c, q.row);
     }
   }
-  if (task.update && ctx.bias) update_bias(*task.update, AnyVector(ctx.bias, ctx.bias_dtype, ctx.classes), t.first, t.count, q.bias);
+  if (task.update && ctx.bias)
+    update_bias(*task.update, AnyVector(ctx.bias, ctx.bias_dtype, ctx.classes), t.first, t.count, q.bias);
   if (task.grad_bias)
     for (i64 c = 0; c < t.count; ++c)
       write_row<Real>({task.grad_bias.data, task.grad_bias.dtype, ctx.classes, 1, 1}, t.first + c, q.bias + c);
@@ -202,7 +214,8 @@ void backward(const DenseContext& ctx, const DenseGeometry& geometry, BackwardTa
   GradientTile<M> q = carve_gradient<M>(geometry, s, carve);
   const bool want_bias = (task.update && ctx.bias) || task.grad_bias;
   for (i64 index = task.first_tile; index < task.end_tile; ++index) {
-    begin_tile<M>(ctx, s, t, geometry.tile, index);
+    begin_tile<M>(ctx, s, t, geometry.tile, index,
+                  at_most((task.end_block - task.first_block) * Shape<M>::kBlock, ctx.batch));
 #ifdef WIDEHEAD_BF16_DOT
     if constexpr (M::kPack == 2) {
       if (task.grad_hidden) pack_weight_rows(s, t);
@@ -227,7 +240,8 @@ void backward(const DenseContext& ctx, const DenseGeometry& geometry, BackwardTa
       have_grad = true;
     }
     if (task.want_weight && !have_grad) {
-      const bool plain_sgd = task.update && task.update->optimizer == Optimizer::sgd && !task.update->first && task.update->weight_decay == 0;
+      const bool plain_sgd = task.update && task.update->optimizer == Optimizer::sgd && !task.update->first &&
+                             task.update->weight_decay == 0;
       if (plain_sgd) continue;
       __builtin_memset(q.grad, 0, static_cast<std::size_t>(t.padded * s.feature_panels * kP) * sizeof(Real));
     }
@@ -236,14 +250,15 @@ void backward(const DenseContext& ctx, const DenseGeometry& geometry, BackwardTa
 }
 
 template <class M>
-void logits(const DenseContext& ctx, const DenseGeometry& g, i64 first_tile, i64 end_tile, AnyMatrix out, void* scratch) {
+void logits(const DenseContext& ctx, const DenseGeometry& g, i64 first_tile, i64 end_tile, AnyMatrix out,
+            void* scratch) {
   using S = Shape<M>;
   const S s(ctx.batch, ctx.features);
   Carve carve{static_cast<char*>(scratch)};
   Tile<M> t = carve_tile<M>(g, s, carve, false);
   auto* z = carve.take<typename M::Real>(g.tile * S::kP);
   for (i64 index = first_tile; index < end_tile; ++index) {
-    begin_tile<M>(ctx, s, t, g.tile, index);
+    begin_tile<M>(ctx, s, t, g.tile, index, ctx.batch);
     for (i64 b0 = 0; b0 < ctx.batch; b0 += S::kP) {
       const int vectors = s.vectors(ctx.batch - b0);
       tile_logits<M>(ctx, s, t, b0 / S::kBlock, b0 % S::kBlock / S::kP, z, vectors);
@@ -269,7 +284,7 @@ void topk(const DenseContext& ctx, const DenseGeometry& g, TopKTask& task, void*
   Tile<M> t = carve_tile<M>(g, s, carve, false);
   auto* z = carve.take<typename M::Real>(g.tile * S::kP);
   for (i64 index = task.first_tile; index < task.end_tile; ++index) {
-    begin_tile<M>(ctx, s, t, g.tile, index);
+    begin_tile<M>(ctx, s, t, g.tile, index, ctx.batch);
     for (i64 b0 = 0; b0 < ctx.batch; b0 += S::kP) {
       const int vectors = s.vectors(ctx.batch - b0);
       tile_logits<M>(ctx, s, t, b0 / S::kBlock, b0 % S::kBlock / S::kP, z, vectors);

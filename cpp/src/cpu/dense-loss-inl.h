@@ -19,7 +19,8 @@ WIDEHEAD_INLINE void for_entries(const Tile<M>& t, i64 b0, F f) {
   }
 }
 
-// Adds bias and offset, applies the soft cap. Targets keep their logit without the offset.
+// Adds the bias, applies the soft cap, adds the offset: the weight of a sampled class is not to be capped. Targets keep
+// their logit without the offset.
 template <class M>
 void finish_logits(const DenseContext& ctx, const Tile<M>& t, i64 b0, typename M::Real* z, int vectors) {
   using Real = typename M::Real;
@@ -30,13 +31,16 @@ void finish_logits(const DenseContext& ctx, const Tile<M>& t, i64 b0, typename M
       logit = z[(e.cls - t.first) * kP + lane] + t.bias[e.cls - t.first];
       if (cap > 0) logit = cap * static_cast<Real>(__builtin_tanh(static_cast<double>(logit / cap)));
     });
-  if (ctx.bias || ctx.offset)
+  if (cap > 0) {
+    for (i64 c = 0; c < t.count; ++c)
+      for (int v = 0; v < vectors; ++v) {
+        const Vec<Real> capped = tanh((load(z + c * kP + v * kLanes) + t.bias[c]) / cap) * cap;
+        store(z + c * kP + v * kLanes, ctx.offset ? capped + static_cast<Real>(ctx.offset[t.first + c]) : capped);
+      }
+  } else if (ctx.bias || ctx.offset) {
     for (i64 c = 0; c < t.count; ++c)
       for (int v = 0; v < vectors; ++v) store(z + c * kP + v * kLanes, load(z + c * kP + v * kLanes) + t.add[c]);
-  if (cap > 0)
-    for (i64 c = 0; c < t.count; ++c)
-      for (int v = 0; v < vectors; ++v)
-        store(z + c * kP + v * kLanes, tanh(load(z + c * kP + v * kLanes) / cap) * cap);
+  }
   for_entries<M>(t, b0, [&](const Entry& e, Real& logit, i64 lane) {
     Real& zi = z[(e.cls - t.first) * kP + lane];
     if (ctx.offset) zi = logit;
@@ -92,7 +96,8 @@ void accumulate_lse(const Tile<M>& t, const typename M::Real* z, int vectors, Pa
 }
 
 template <class M, class F>
-void accumulate_aux(const DenseContext& ctx, const Tile<M>& t, const typename M::Real* z, int vectors, PartialView<M> p, F term) {
+void accumulate_aux(const DenseContext& ctx, const Tile<M>& t, const typename M::Real* z, int vectors, PartialView<M> p,
+                    F term) {
   using Real = typename M::Real;
   constexpr i64 kP = Tile<M>::kP, kLanes = kP / 2;
   for (int v = 0; v < vectors; ++v) {
@@ -154,7 +159,12 @@ void gradient_panel(const DenseContext& ctx, const Tile<M>& t, i64 b0, typename 
         const Vec<Real> x = load(zv + c * kP);
         Vec<Real> g = exp(x - lse) * scale;
         if (smooth) g -= even * class_weight<Real>(ctx, t.first + c);
-        if (cap > 0) g = g * (Real{1} - (x / cap) * (x / cap));
+        if (cap > 0) {
+          // Where an offset is minus infinity the gradient is 0, and the clamp keeps it from becoming NaN.
+          const Vec<Real> own = ctx.offset ? x - static_cast<Real>(ctx.offset[t.first + c]) : x;
+          const Vec<Real> r = max(min(own / cap, splat(Real{1})), splat(Real{-1}));
+          g = g * (Real{1} - r * r);
+        }
         store(zv + c * kP, g);
       }
     } else {
@@ -184,15 +194,24 @@ void gradient_entries(const DenseContext& ctx, const Tile<M>& t, i64 b0, typenam
     const double z = static_cast<double>(logit), y = e.value, w = class_weight<double>(ctx, e.cls);
     const double loss = ctx.grad_losses[e.row], output = ctx.grad_output[e.row];
     double change = output * y;
+    Real& slot = g[(e.cls - t.first) * Tile<M>::kP + lane];
     if (ctx.loss.kind == Loss::softmax) {
       change -= loss * (1 - ctx.loss.label_smoothing) * y * w;
-      if (cap > 0) change *= 1 - (z / cap) * (z / cap);
+      if (cap > 0) {
+        const double slope = 1 - (z / cap) * (z / cap);
+        change *= slope;
+        // The panel took this logit for one with an offset.
+        if (ctx.offset)
+          slot = static_cast<Real>(__builtin_exp(z - static_cast<double>(static_cast<const Real*>(ctx.lse)[e.row])) *
+                                   slope) *
+                 static_cast<const Real*>(ctx.p_scale)[e.row];
+      }
     } else if (ctx.loss.kind == Loss::bce) {
       change -= loss * w * y;
     } else {
       change -= 2 * loss * w * (y * (z < 1 ? 1 - z : 0) + (z > -1 ? 1 + z : 0));
     }
-    g[(e.cls - t.first) * Tile<M>::kP + lane] += static_cast<Real>(change);
+    slot += static_cast<Real>(change);
   });
 }
 

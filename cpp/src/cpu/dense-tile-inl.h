@@ -29,11 +29,15 @@ struct Shape {
   i64 feature_panels;  // panels of dH and dW
 
   Shape(i64 b, i64 d)
-      : batch(b), features(d), depth(ceil_div(d, M::kPack)), weight_panels(ceil_div(depth, kP)), feature_panels(ceil_div(d, kP)) {}
+      : batch(b),
+        features(d),
+        depth(ceil_div(d, M::kPack)),
+        weight_panels(ceil_div(depth, kP)),
+        feature_panels(ceil_div(d, kP)) {}
 
   i64 padded_batch() const { return round_up(batch, kP * M::kPack); }
-  i64 block_rows(i64 block) const { return at_most(kBlock, padded_batch() - block * kBlock); }   // padded
-  i64 block_batch(i64 block) const { return at_most(kBlock, batch - block * kBlock); }           // real
+  i64 block_rows(i64 block) const { return at_most(kBlock, padded_batch() - block * kBlock); }  // padded
+  i64 block_batch(i64 block) const { return at_most(kBlock, batch - block * kBlock); }          // real
   // The packed weights take a quarter of a megabyte at most, so that they, G and dW share the L2 cache.
   i64 tile(i64 classes) const {
     const i64 fit = (i64{1} << 18) / (weight_panels * kP * static_cast<i64>(sizeof(Elem)));
@@ -63,7 +67,8 @@ DenseGeometry geometry_as(i64 batch, i64 features, i64 classes) {
   const std::size_t per_class = size(4 * g.tile) * kReal;
   g.forward_scratch = weights + size(g.tile * S::kP) * kReal + per_class + 1024;
   const i64 block = at_most(S::kBlock, g.padded_batch);
-  g.backward_scratch = weights + size(g.tile * block) * kReal + per_class + size((g.tile + 1) * s.feature_panels * S::kP) * kReal + 1024;
+  g.backward_scratch =
+      weights + size(g.tile * block) * kReal + per_class + size((g.tile + 1) * s.feature_panels * S::kP) * kReal + 1024;
   if (M::kPack == 2)
     g.backward_scratch += size(g.tile * s.feature_panels * S::kP + g.tile * S::kP + g.tile * block) * 2 + 512;
   return g;
@@ -90,10 +95,12 @@ void read_hidden(const DenseContext& ctx, i64 b, typename M::Real* out) {
       for (i64 k = 0; k < d; ++k) out[k] = static_cast<Real>(static_cast<const double*>(ctx.hidden)[at + k]);
       break;
     case Dtype::bf16:
-      for (i64 k = 0; k < d; ++k) out[k] = static_cast<Real>(bf16_float(static_cast<const uint16_t*>(ctx.hidden)[at + k]));
+      for (i64 k = 0; k < d; ++k)
+        out[k] = static_cast<Real>(bf16_float(static_cast<const uint16_t*>(ctx.hidden)[at + k]));
       break;
     case Dtype::f16:
-      for (i64 k = 0; k < d; ++k) out[k] = static_cast<Real>(f16_float(static_cast<const uint16_t*>(ctx.hidden)[at + k]));
+      for (i64 k = 0; k < d; ++k)
+        out[k] = static_cast<Real>(f16_float(static_cast<const uint16_t*>(ctx.hidden)[at + k]));
       break;
     default:
       for (i64 k = 0; k < d; ++k) out[k] = static_cast<Real>(static_cast<const float*>(ctx.hidden)[at + k]);
@@ -118,7 +125,8 @@ void pack_columns(const DenseContext& ctx, const DenseGeometry&, i64 block) {
   const S s(ctx.batch, ctx.features);
   auto* out = static_cast<typename M::Elem*>(ctx.packed_columns) + block * S::kBlock * s.depth;
   __builtin_memset(out, 0, static_cast<std::size_t>(s.block_rows(block) * s.depth) * sizeof(typename M::Elem));
-  auto* row = static_cast<typename M::Real*>(__builtin_malloc(static_cast<std::size_t>(s.features) * sizeof(typename M::Real)));
+  auto* row =
+      static_cast<typename M::Real*>(__builtin_malloc(static_cast<std::size_t>(s.features) * sizeof(typename M::Real)));
   for (i64 b = 0; b < s.block_batch(block); ++b) {
     read_hidden<M>(ctx, block * S::kBlock + b, row);
     auto* column = out + b / S::kP * S::kP * s.depth + b % S::kP;
@@ -134,7 +142,8 @@ void pack_rows(const DenseContext& ctx, const DenseGeometry&, i64 block) {
   const i64 width = s.feature_panels * S::kP, depth = s.block_rows(block) / M::kPack;
   auto* out = static_cast<typename M::Elem*>(ctx.packed_rows) + block * S::kBlock / M::kPack * width;
   __builtin_memset(out, 0, static_cast<std::size_t>(depth * width) * sizeof(typename M::Elem));
-  auto* row = static_cast<typename M::Real*>(__builtin_malloc(static_cast<std::size_t>(s.features) * sizeof(typename M::Real)));
+  auto* row =
+      static_cast<typename M::Real*>(__builtin_malloc(static_cast<std::size_t>(s.features) * sizeof(typename M::Real)));
   for (i64 b = 0; b < s.block_batch(block); ++b) {
     read_hidden<M>(ctx, block * S::kBlock + b, row);
     for (i64 k = 0; k < s.features; ++k)
@@ -151,12 +160,13 @@ struct Tile {
   static constexpr i64 kP = kPanel<Real>;
   i64 first, count, padded;  // classes; padded to kRowStep
   Elem* weight;              // [weight panel][padded][PW]
-  Elem* weight_rows;         // [feature panel][padded / pack][PW]: the right-hand side of dH; the same memory where pack is 1
-  Real* add;                 // [count] bias + offset
-  Real* bias;                // [count]
+  Elem* weight_rows;  // [feature panel][padded / pack][PW]: the right-hand side of dH; the same memory where pack is 1
+  Real* add;          // [count] bias + offset
+  Real* bias;         // [count]
   const Entry* entries;
   i64 n_entries;
   Real* entry_logits;
+  Prefetch prefetch;  // of the next tile's rows of W
 };
 
 template <class M>
@@ -218,13 +228,26 @@ inline void pack_weight_rows(const Shape<ModeBf16Dot>& s, Tile<ModeBf16Dot>& t) 
 }
 #endif
 
+// Spreads the next tile's rows over the panels of this tile's logits.
 template <class M>
-void begin_tile(const DenseContext& ctx, const Shape<M>& s, Tile<M>& t, i64 tile, i64 index) {
+Prefetch prefetch_after(const DenseContext& ctx, const Shape<M>& s, const Tile<M>& t, i64 examples) {
+  const i64 rows = at_most(t.count, ctx.classes - t.first - t.count);
+  if (rows <= 0) return {};
+  const auto* next = static_cast<const char*>(ctx.weight) +
+                     (t.first + t.count) * ctx.weight_stride * static_cast<i64>(sizeof(typename M::Weight));
+  const i64 bytes = rows * ctx.weight_stride * static_cast<i64>(sizeof(typename M::Weight));
+  const i64 pulls = ceil_div(examples, Tile<M>::kP) * ceil_div(t.padded, kMaxRows) * (s.depth / Tile<M>::kP);
+  return {next, next + bytes, pulls > 0 ? ceil_div(bytes / 64 + 1, pulls) : 0};
+}
+
+template <class M>
+void begin_tile(const DenseContext& ctx, const Shape<M>& s, Tile<M>& t, i64 tile, i64 index, i64 examples) {
   using Real = typename M::Real;
   t.first = index * tile;
   t.count = at_most(tile, ctx.classes - t.first);
   t.padded = round_up(t.count, kRowStep);
   pack_weights<M>(ctx, s, t);
+  t.prefetch = prefetch_after<M>(ctx, s, t, examples);
   for (i64 c = 0; c < t.count; ++c) {
     Real b = 0;
     if (ctx.bias) {
@@ -256,11 +279,12 @@ void begin_tile(const DenseContext& ctx, const Shape<M>& s, Tile<M>& t, i64 tile
 
 // Z panel of 32 (AVX-512) examples.
 template <class M>
-WIDEHEAD_INLINE void tile_logits(const DenseContext& ctx, const Shape<M>& s, const Tile<M>& t, i64 block, i64 panel,
+WIDEHEAD_INLINE void tile_logits(const DenseContext& ctx, const Shape<M>& s, Tile<M>& t, i64 block, i64 panel,
                                  typename M::Real* z, int vectors) {
   constexpr i64 kP = Tile<M>::kP;
-  const auto* columns = static_cast<const typename M::Elem*>(ctx.packed_columns) + (block * Shape<M>::kBlock + panel * kP) * s.depth;
-  gemm_panel<M, Order::rows>(t.weight, t.padded * kP, t.padded, columns, s.depth, z, false, vectors);
+  const auto* columns =
+      static_cast<const typename M::Elem*>(ctx.packed_columns) + (block * Shape<M>::kBlock + panel * kP) * s.depth;
+  gemm_panel<M, Order::rows>(t.weight, t.padded * kP, t.padded, columns, s.depth, z, false, vectors, t.prefetch);
 }
 
 }  // namespace widehead::cpu::WIDEHEAD_ISA_NAME

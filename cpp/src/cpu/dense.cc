@@ -49,13 +49,16 @@ struct Partials {
     std::vector<ForwardPartial> out(static_cast<std::size_t>(count));
     const auto n = static_cast<std::size_t>(g.padded_batch), b = static_cast<std::size_t>(batch);
     for (ForwardPartial& p : out)
-      p = {a.take<Real>(n), a.take<Real>(n), a.take<Real>(n), a.take<Real>(n), a.take<Real>(n), a.take<double>(b), a.take<double>(b)};
+      p = {a.take<Real>(n), a.take<Real>(n),   a.take<Real>(n),  a.take<Real>(n),
+           a.take<Real>(n), a.take<double>(b), a.take<double>(b)};
     return out;
   }
-  Partials(Arena& a, const DenseGeometry& g, i64 batch, i64 count) : parts(carve(a, g, batch, count)), padded(g.padded_batch) {
+  Partials(Arena& a, const DenseGeometry& g, i64 batch, i64 count)
+      : parts(carve(a, g, batch, count)), padded(g.padded_batch) {
     for (ForwardPartial& p : parts) {
       std::fill_n(static_cast<Real*>(p.row_max), padded, Real(-1e30));
-      for (void* v : {p.row_sum, p.row_lost, p.row_aux, p.row_aux_lost}) std::fill_n(static_cast<Real*>(v), padded, Real(0));
+      for (void* v : {p.row_sum, p.row_lost, p.row_aux, p.row_aux_lost})
+        std::fill_n(static_cast<Real*>(v), padded, Real(0));
       for (double* v : {p.output, p.adjust}) std::fill_n(v, batch, 0.0);
     }
   }
@@ -63,7 +66,8 @@ struct Partials {
     double top = -1e300, sum = 0;
     for (const ForwardPartial& p : parts) top = std::max(top, static_cast<double>(static_cast<Real*>(p.row_max)[b]));
     for (const ForwardPartial& p : parts) {
-      const double s = static_cast<double>(static_cast<Real*>(p.row_sum)[b]) - static_cast<double>(static_cast<Real*>(p.row_lost)[b]);
+      const double s = static_cast<double>(static_cast<Real*>(p.row_sum)[b]) -
+                       static_cast<double>(static_cast<Real*>(p.row_lost)[b]);
       sum += s * std::exp(static_cast<double>(static_cast<Real*>(p.row_max)[b]) - top);
     }
     return top + std::log(sum);
@@ -71,7 +75,8 @@ struct Partials {
   double aux(i64 b) const {
     double sum = 0;
     for (const ForwardPartial& p : parts)
-      sum += static_cast<double>(static_cast<Real*>(p.row_aux)[b]) - static_cast<double>(static_cast<Real*>(p.row_aux_lost)[b]);
+      sum += static_cast<double>(static_cast<Real*>(p.row_aux)[b]) -
+             static_cast<double>(static_cast<Real*>(p.row_aux_lost)[b]);
     return sum;
   }
   double output(i64 b) const {
@@ -97,8 +102,8 @@ void put(const AnyVector& v, i64 i, double x) {
 
 // Losses and outputs of every example from the sums over the classes.
 template <class Real>
-void finish_losses(const Prepared& in, const LossOptions& loss, i64 classes, const Partials<Real>& sums, AnyVector losses,
-                   AnyVector output, AnyVector lse_out) {
+void finish_losses(const Prepared& in, const LossOptions& loss, i64 classes, const Partials<Real>& sums,
+                   AnyVector losses, AnyVector output, AnyVector lse_out) {
   for (std::size_t i = 0; i < in.rows.size(); ++i) {
     const auto b = static_cast<i64>(i);
     const RowTargets& row = in.rows[i];
@@ -131,7 +136,8 @@ void pack(const Kernels& k, const DenseContext& ctx, const DenseGeometry& g, boo
 }
 
 // Context of a call that only reads: hidden packed, no targets unless `in` has some.
-DenseContext reading_context(const DenseLayer& layer, const LossOptions& loss, const Prepared& in, const DenseGeometry& g, Arena& a) {
+DenseContext reading_context(const DenseLayer& layer, const LossOptions& loss, const Prepared& in,
+                             const DenseGeometry& g, Arena& a) {
   DenseContext ctx = layer_context(layer, loss);
   ctx.entries = in.entries.data();
   ctx.n_entries = static_cast<i64>(in.entries.size());
@@ -183,7 +189,8 @@ void store_grad_hidden(const DenseGeometry& g, const std::vector<void*>& partial
 
 // Per-example factors of the gradient, padded so that the lanes beyond the batch stay finite and zero.
 template <class Real>
-void fill_scales(const DenseBackward& args, const Prepared& in, const DenseGeometry& g, Real* lse, Real* p_scale, Real* e_scale) {
+void fill_scales(const DenseBackward& args, const Prepared& in, const DenseGeometry& g, Real* lse, Real* p_scale,
+                 Real* e_scale) {
   const LossOptions& loss = args.loss;
   const double a = loss.label_smoothing, classes = static_cast<double>(args.layer.weight.rows);
   for (i64 b = 0; b < g.padded_batch; ++b) {
@@ -222,11 +229,13 @@ class Backward {
   }
 
   void run() {
-    const bool by_batch = args_.grad_hidden && parts_.count > 1 && static_cast<std::size_t>(parts_.count) * g_.grad_bytes > kPartialBytes;
+    const bool by_batch =
+        args_.grad_hidden && parts_.count > 1 && static_cast<std::size_t>(parts_.count) * g_.grad_bytes > kPartialBytes;
     const i64 accumulators = !args_.grad_hidden ? 0 : by_batch ? 1 : parts_.count;
     const auto n = static_cast<std::size_t>(g_.padded_batch);
     const bool losses = args_.losses || args_.output;
-    std::size_t bytes = in_.entries.size() * sizeof(Real) + g_.columns_bytes + g_.rows_bytes + 3 * n * sizeof(Real) + 1024;
+    std::size_t bytes =
+        in_.entries.size() * sizeof(Real) + g_.columns_bytes + g_.rows_bytes + 3 * n * sizeof(Real) + 1024;
     bytes += static_cast<std::size_t>(accumulators) * (g_.grad_bytes + 64);
     if (losses) bytes += Partials<Real>::size(g_, batch_, parts_.count);
     Arena a(workspace(Slot::call, bytes));
@@ -319,8 +328,10 @@ void topk_as(const DenseTopK& args, const Kernels& k) {
   const DenseGeometry g = k.dense.geometry(layer.weight.dtype, batch, layer.hidden.cols, classes);
   const Partition parts = partition(classes, g.tile);
   const auto cells = static_cast<std::size_t>(batch * width);
-  const std::size_t lists = static_cast<std::size_t>(parts.count) * (cells * (sizeof(Real) + 8) + static_cast<std::size_t>(batch) * 8 + 256);
-  Arena a(workspace(Slot::call, g.columns_bytes + lists + 256 + (args.lse ? Partials<Real>::size(g, batch, parts.count) : 0)));
+  const std::size_t lists =
+      static_cast<std::size_t>(parts.count) * (cells * (sizeof(Real) + 8) + static_cast<std::size_t>(batch) * 8 + 256);
+  Arena a(workspace(Slot::call,
+                    g.columns_bytes + lists + 256 + (args.lse ? Partials<Real>::size(g, batch, parts.count) : 0)));
   const DenseContext ctx = reading_context(layer, loss, in, g, a);
   const std::vector<i64> exclude = sorted_rows(args.exclude_indptr, args.exclude_indices, batch);
   std::vector<TopKTask> tasks(static_cast<std::size_t>(parts.count));
@@ -328,8 +339,9 @@ void topk_as(const DenseTopK& args, const Kernels& k) {
   if (args.lse) sums = std::make_unique<Partials<Real>>(a, g, batch, parts.count);
   for (std::size_t p = 0; p < tasks.size(); ++p) {
     const auto part = static_cast<i64>(p);
-    tasks[p] = {parts.first(part), parts.first(part + 1), width, a.take<Real>(cells), a.take<i64>(cells),
-                a.take<i64>(static_cast<std::size_t>(batch)), args.exclude_indptr, exclude.data(), sums ? &sums->parts[p] : nullptr};
+    tasks[p] = {parts.first(part),   parts.first(part + 1), width,
+                a.take<Real>(cells), a.take<i64>(cells),    a.take<i64>(static_cast<std::size_t>(batch)),
+                args.exclude_indptr, exclude.data(),        sums ? &sums->parts[p] : nullptr};
     std::fill_n(tasks[p].filled, batch, i64{0});
   }
   pack(k, ctx, g, false);
@@ -341,10 +353,13 @@ void topk_as(const DenseTopK& args, const Kernels& k) {
     TopK<Real> best{scores.data(), args.classes.data + b * args.classes.stride, args.k};
     std::fill_n(best.classes, args.k, i64{-1});
     for (const TopKTask& t : tasks)
-      for (i64 i = 0; i < t.filled[b]; ++i) best.push(static_cast<Real*>(t.scores)[b * width + i], t.classes[b * width + i]);
+      for (i64 i = 0; i < t.filled[b]; ++i)
+        best.push(static_cast<Real*>(t.scores)[b * width + i], t.classes[b * width + i]);
     for (i64 i = 0; i < args.k; ++i) {
       const auto x = static_cast<double>(scores[static_cast<std::size_t>(i)]);
-      put({static_cast<char*>(args.scores.data) + b * args.scores.stride * size_of(args.scores.dtype), args.scores.dtype, args.k}, i, x);
+      put({static_cast<char*>(args.scores.data) + b * args.scores.stride * size_of(args.scores.dtype),
+           args.scores.dtype, args.k},
+          i, x);
     }
     if (args.lse) put(args.lse, b, sums->lse(b));
   }

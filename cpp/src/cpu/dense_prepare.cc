@@ -8,7 +8,8 @@
 
 namespace widehead::cpu {
 
-Prepared::Prepared(const Labels& target, const LossOptions& loss, i64 classes) : rows(static_cast<std::size_t>(target.rows)) {
+Prepared::Prepared(const Labels& target, const LossOptions& loss, i64 classes)
+    : rows(static_cast<std::size_t>(target.rows)) {
   const auto add = [&](i64 b, i64 at) {
     const i64 c = target.indices[at];
     const float y = target.values ? target.values[at] : 1.0f;
@@ -83,7 +84,8 @@ DenseContext layer_context(const DenseLayer& layer, const LossOptions& loss) {
 std::vector<i64> sorted_rows(const i64* indptr, const i64* indices, i64 rows) {
   if (!indptr) return {};
   std::vector<i64> out(indices + indptr[0], indices + indptr[rows]);
-  for (i64 r = 0; r < rows; ++r) std::sort(out.begin() + (indptr[r] - indptr[0]), out.begin() + (indptr[r + 1] - indptr[0]));
+  for (i64 r = 0; r < rows; ++r)
+    std::sort(out.begin() + (indptr[r] - indptr[0]), out.begin() + (indptr[r + 1] - indptr[0]));
   return out;
 }
 

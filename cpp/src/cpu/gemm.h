@@ -51,21 +51,27 @@ using ModeBf16 = ModeBf16Dot;
 using ModeBf16 = ModeBf16Wide;
 #endif
 
-WIDEHEAD_INLINE Words load(const uint32_t* p) {
-  typedef uint32_t Unaligned __attribute__((vector_size(WIDEHEAD_VECTOR_BYTES), aligned(4), may_alias));
-  return *reinterpret_cast<const Unaligned*>(p);
-}
-WIDEHEAD_INLINE Words splat(uint32_t x) { return x + Words{}; }
-
 template <class Real>
 constexpr int kPanel = 2 * Simd<Real>::kLanes;
 
 // How A(i, j) lies in memory. rows: a[(j / PW) * outer + i * PW + j % PW]; columns: a[j * PW + i].
 enum class Order { rows, columns };
 
+// Memory that a later tile will read, fetched into the second-level cache a few lines at a time between the products: a tile
+// copied straight from memory would leave the arithmetic idle for a quarter of the step.
+struct Prefetch {
+  const char* next = nullptr;
+  const char* end = nullptr;
+  i64 lines = 0;  // a panel of depth
+
+  WIDEHEAD_INLINE void pull() {
+    for (i64 i = 0; i < lines && next < end; ++i, next += 64) __builtin_prefetch(next, 0, 2);
+  }
+};
+
 template <class M, Order kOrder, int kRows, int kVectors>
-inline void micro_kernel(const typename M::Elem* __restrict__ a, i64 outer, const typename M::Elem* __restrict__ b, i64 depth,
-                         typename M::Real* __restrict__ c, bool accumulate) {
+inline void micro_kernel(const typename M::Elem* __restrict__ a, i64 outer, const typename M::Elem* __restrict__ b,
+                         i64 depth, typename M::Real* __restrict__ c, bool accumulate, Prefetch& prefetch) {
   using Real = typename M::Real;
   constexpr int kLanes = Simd<Real>::kLanes, kP = kPanel<Real>;
   Vec<Real> acc[kRows][kVectors];
@@ -86,9 +92,11 @@ inline void micro_kernel(const typename M::Elem* __restrict__ a, i64 outer, cons
     }
   };
   if constexpr (kOrder == Order::rows) {
-    for (; depth >= kP; depth -= kP, a += outer)
+    for (; depth >= kP; depth -= kP, a += outer) {
+      prefetch.pull();
 #pragma GCC unroll 2
       for (int j = 0; j < kP; ++j) step(a + j);
+    }
     for (int j = 0; j < depth; ++j) step(a + j);
   } else {
     for (i64 j = 0; j < depth; ++j) step(a + j * kP);
@@ -101,31 +109,31 @@ inline void micro_kernel(const typename M::Elem* __restrict__ a, i64 outer, cons
 
 template <class M, Order kOrder, int kRows>
 inline void micro_rows(const typename M::Elem* a, i64 outer, const typename M::Elem* b, i64 depth, typename M::Real* c,
-                       bool accumulate, int vectors) {
+                       bool accumulate, int vectors, Prefetch& prefetch) {
   if (vectors == 2) {
-    micro_kernel<M, kOrder, kRows, 2>(a, outer, b, depth, c, accumulate);
+    micro_kernel<M, kOrder, kRows, 2>(a, outer, b, depth, c, accumulate, prefetch);
   } else {
-    micro_kernel<M, kOrder, kRows, 1>(a, outer, b, depth, c, accumulate);
+    micro_kernel<M, kOrder, kRows, 1>(a, outer, b, depth, c, accumulate, prefetch);
   }
 }
 
 // C panel [rows][PW] (+)= A x B panel [depth][PW]; rows is a multiple of kRowStep; only the first `vectors` vectors count.
 template <class M, Order kOrder>
 inline void gemm_panel(const typename M::Elem* a, i64 outer, i64 rows, const typename M::Elem* b, i64 depth,
-                       typename M::Real* c, bool accumulate, int vectors) {
+                       typename M::Real* c, bool accumulate, int vectors, Prefetch& prefetch) {
   constexpr int kP = kPanel<typename M::Real>;
   for (i64 i = 0; i < rows;) {
     const i64 left = rows - i;
     const typename M::Elem* ai = a + (kOrder == Order::rows ? i * kP : i);
     typename M::Real* ci = c + i * kP;
     if (left >= kMaxRows) {
-      micro_rows<M, kOrder, kMaxRows>(ai, outer, b, depth, ci, accumulate, vectors);
+      micro_rows<M, kOrder, kMaxRows>(ai, outer, b, depth, ci, accumulate, vectors, prefetch);
       i += kMaxRows;
     } else if (left >= 2 * kRowStep) {
-      micro_rows<M, kOrder, 2 * kRowStep>(ai, outer, b, depth, ci, accumulate, vectors);
+      micro_rows<M, kOrder, 2 * kRowStep>(ai, outer, b, depth, ci, accumulate, vectors, prefetch);
       i += 2 * kRowStep;
     } else {
-      micro_rows<M, kOrder, kRowStep>(ai, outer, b, depth, ci, accumulate, vectors);
+      micro_rows<M, kOrder, kRowStep>(ai, outer, b, depth, ci, accumulate, vectors, prefetch);
       i += kRowStep;
     }
   }

@@ -38,8 +38,9 @@ struct DenseContext {
   void* packed_columns;  // hidden as [block][batch panel][feature][panel]: the right-hand side of z = W h
   void* packed_rows;     // hidden as [block][feature panel][example][panel]: the right-hand side of dW = g^T H
   const void* lse;       // [padded batch] Real
-  const void* p_scale;   // [padded batch] Real: softmax, dL/dz = p_scale p - e_scale w_c (- targets); else the gradient of the loss
-  const void* e_scale;   // [padded batch] Real
+  const void*
+      p_scale;  // [padded batch] Real: softmax, dL/dz = p_scale p - e_scale w_c (- targets); else the gradient of the loss
+  const void* e_scale;        // [padded batch] Real
   const double* grad_losses;  // [batch]
   const double* grad_output;  // [batch]
   double filter_below;        // softmax: skip a tile whose |dL/dz| all stay below this; 0: off
@@ -47,14 +48,14 @@ struct DenseContext {
 
 // Sizes that depend on the unit, the dtype of the weights and the shape.
 struct DenseGeometry {
-  i64 panel;          // lanes of a batch panel
-  i64 tile;           // classes a tile
-  i64 block;          // examples a block; a multiple of panel
-  i64 padded_batch;   // multiple of panel and of the packing factor
+  i64 panel;         // lanes of a batch panel
+  i64 tile;          // classes a tile
+  i64 block;         // examples a block; a multiple of panel
+  i64 padded_batch;  // multiple of panel and of the packing factor
   i64 blocks;
   i64 real_bytes;
-  std::size_t columns_bytes, rows_bytes;  // of the packed batch
-  std::size_t grad_bytes;                 // one [padded_batch, padded features] accumulator, in panels
+  std::size_t columns_bytes, rows_bytes;          // of the packed batch
+  std::size_t grad_bytes;                         // one [padded_batch, padded features] accumulator, in panels
   std::size_t forward_scratch, backward_scratch;  // per running task
 };
 
@@ -65,28 +66,28 @@ struct ForwardPartial {
   void* row_lost;  // compensation of row_sum (Kahan)
   void* row_aux;   // softmax with smoothing: sum_c w_c z_c; bce, hinge: the loss as if nothing were a target
   void* row_aux_lost;
-  double* output;    // [batch] sum of y z over the targets
-  double* adjust;    // [batch] softmax: sum of y w z over the targets; bce, hinge: what the targets change in the loss
+  double* output;  // [batch] sum of y z over the targets
+  double* adjust;  // [batch] softmax: sum of y w z over the targets; bce, hinge: what the targets change in the loss
 };
 
 struct BackwardTask {
   i64 first_tile, end_tile;
   i64 first_block, end_block;
-  void* grad_hidden;         // accumulator or null
-  AnyMatrix grad_weight;     // or empty
-  AnyVector grad_bias;       // or empty
-  const Update* update;      // or null: the step
-  bool want_weight;          // gradient of the weights is needed (grad_weight or update)
-  ForwardPartial* losses;    // or null: bce and hinge compute them on the way
+  void* grad_hidden;       // accumulator or null
+  AnyMatrix grad_weight;   // or empty
+  AnyVector grad_bias;     // or empty
+  const Update* update;    // or null: the step
+  bool want_weight;        // gradient of the weights is needed (grad_weight or update)
+  ForwardPartial* losses;  // or null: bce and hinge compute them on the way
   i64 filtered;
 };
 
 struct TopKTask {
   i64 first_tile, end_tile;
   i64 k;
-  void* scores;   // [batch, k] Real
-  i64* classes;   // [batch, k]
-  i64* filled;    // [batch]
+  void* scores;  // [batch, k] Real
+  i64* classes;  // [batch, k]
+  i64* filled;   // [batch]
   const i64* exclude_indptr;
   const i64* exclude_sorted;
   ForwardPartial* lse;  // or null
@@ -96,7 +97,8 @@ struct DenseKernels {
   DenseGeometry (*geometry)(Dtype weight, i64 batch, i64 features, i64 classes);
   void (*pack_columns)(const DenseContext&, const DenseGeometry&, i64 block);
   void (*pack_rows)(const DenseContext&, const DenseGeometry&, i64 block);
-  void (*forward)(const DenseContext&, const DenseGeometry&, i64 first_tile, i64 end_tile, ForwardPartial&, void* scratch);
+  void (*forward)(const DenseContext&, const DenseGeometry&, i64 first_tile, i64 end_tile, ForwardPartial&,
+                  void* scratch);
   void (*backward)(const DenseContext&, const DenseGeometry&, BackwardTask&, void* scratch);
   void (*topk)(const DenseContext&, const DenseGeometry&, TopKTask&, void* scratch);
   void (*logits)(const DenseContext&, const DenseGeometry&, i64 first_tile, i64 end_tile, AnyMatrix out, void* scratch);

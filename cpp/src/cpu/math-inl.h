@@ -30,9 +30,18 @@ WIDEHEAD_INLINE Vec<double> exp(Vec<double> x) {
   Vec<double> r = x - n * 6.93147180369123816490e-1;
   r = r - n * 1.90821492927058770002e-10;
   Vec<double> p = splat(1.0 / 6227020800.0);
-  constexpr double kInverseFactorial[] = {1.0 / 479001600.0, 1.0 / 39916800.0, 1.0 / 3628800.0, 1.0 / 362880.0,
-                                          1.0 / 40320.0,     1.0 / 5040.0,     1.0 / 720.0,     1.0 / 120.0,
-                                          1.0 / 24.0,        1.0 / 6.0,        0.5,             1.0,
+  constexpr double kInverseFactorial[] = {1.0 / 479001600.0,
+                                          1.0 / 39916800.0,
+                                          1.0 / 3628800.0,
+                                          1.0 / 362880.0,
+                                          1.0 / 40320.0,
+                                          1.0 / 5040.0,
+                                          1.0 / 720.0,
+                                          1.0 / 120.0,
+                                          1.0 / 24.0,
+                                          1.0 / 6.0,
+                                          0.5,
+                                          1.0,
                                           1.0};
   for (double c : kInverseFactorial) p = p * r + c;
   const Vec<double> y = (Vec<double>)((I)p + ((I)shifted << 52));

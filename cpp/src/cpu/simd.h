@@ -5,7 +5,7 @@
 #pragma once
 #include <stdint.h>
 
-#if WIDEHEAD_VECTOR_BYTES > 16
+#if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
@@ -97,6 +97,11 @@ typedef uint16_t HalfWidth __attribute__((vector_size(WIDEHEAD_VECTOR_BYTES / 2)
 typedef uint16_t HalfWidthUnaligned __attribute__((vector_size(WIDEHEAD_VECTOR_BYTES / 2), aligned(2), may_alias));
 typedef uint32_t Words __attribute__((vector_size(WIDEHEAD_VECTOR_BYTES)));
 
+WIDEHEAD_INLINE Words load(const uint32_t* p) {
+  typedef uint32_t Unaligned __attribute__((vector_size(WIDEHEAD_VECTOR_BYTES), aligned(4), may_alias));
+  return *reinterpret_cast<const Unaligned*>(p);
+}
+WIDEHEAD_INLINE Words splat(uint32_t x) { return x + Words{}; }
 WIDEHEAD_INLINE Words load_words(const uint16_t* p) {
   return __builtin_convertvector(*reinterpret_cast<const HalfWidthUnaligned*>(p), Words);
 }
@@ -110,6 +115,44 @@ WIDEHEAD_INLINE Words bf16_bits(Vec<float> x) {
   const Words rounded = (u + 0x7FFFu + ((u >> 16) & 1u)) >> 16;
   const Words is_nan = (Words)((u & 0x7FFFFFFFu) > 0x7F800000u);
   return (is_nan & ((u >> 16) | 0x40u)) | (~is_nan & rounded);
+}
+
+// The 64-bit products of the lanes with m, split in halves.
+WIDEHEAD_INLINE void multiply_wide(Words a, uint32_t m, Words& high, Words& low) {
+#if defined(__x86_64__)
+#if WIDEHEAD_VECTOR_BYTES == 64
+  const __m512i v = (__m512i)a, f = _mm512_set1_epi32(static_cast<int>(m));
+  const Words even = (Words)_mm512_mul_epu32(v, f), odd = (Words)_mm512_mul_epu32(_mm512_srli_epi64(v, 32), f);
+#elif WIDEHEAD_VECTOR_BYTES == 32
+  const __m256i v = (__m256i)a, f = _mm256_set1_epi32(static_cast<int>(m));
+  const Words even = (Words)_mm256_mul_epu32(v, f), odd = (Words)_mm256_mul_epu32(_mm256_srli_epi64(v, 32), f);
+#else
+  const __m128i v = (__m128i)a, f = _mm_set1_epi32(static_cast<int>(m));
+  const Words even = (Words)_mm_mul_epu32(v, f), odd = (Words)_mm_mul_epu32(_mm_srli_epi64(v, 32), f);
+#endif
+  typedef uint64_t Wide __attribute__((vector_size(WIDEHEAD_VECTOR_BYTES)));
+  const Wide e = (Wide)even, o = (Wide)odd;
+  low = (Words)((e & 0xFFFFFFFFull) | (o << 32));
+  high = (Words)((e >> 32) | (o & ~0xFFFFFFFFull));
+#else
+  for (int i = 0; i < Simd<float>::kLanes; ++i) {
+    const uint64_t p = uint64_t{a[i]} * m;
+    high[i] = static_cast<uint32_t>(p >> 32);
+    low[i] = static_cast<uint32_t>(p);
+  }
+#endif
+}
+
+// a0 b0 a1 b1 ..., first and second half.
+WIDEHEAD_INLINE void interleave(Words a, Words b, Words& first, Words& second) {
+  constexpr int kLanes = Simd<float>::kLanes;
+  Words lower{}, upper{};
+  for (int i = 0; i < kLanes; ++i) {
+    lower[i] = static_cast<uint32_t>(i / 2 + (i % 2) * kLanes);
+    upper[i] = lower[i] + kLanes / 2;
+  }
+  first = __builtin_shuffle(a, b, lower);
+  second = __builtin_shuffle(a, b, upper);
 }
 
 }  // namespace widehead::cpu::WIDEHEAD_ISA_NAME

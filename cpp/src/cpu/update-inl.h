@@ -41,7 +41,8 @@ double dot_f64(const Real* __restrict__ x, const Real* __restrict__ y, i64 n) {
 
 // The weight after the step, before rounding. m and v are the element's moments.
 template <class Real>
-WIDEHEAD_INLINE Real stepped(const UpdateScalars<Real>& s, Optimizer kind, Real w, Real g, Real* m, Real* v, Real row_scale) {
+WIDEHEAD_INLINE Real stepped(const UpdateScalars<Real>& s, Optimizer kind, Real w, Real g, Real* m, Real* v,
+                             Real row_scale) {
   if (kind == Optimizer::sgd) {
     g += s.decay * w;
     if (m) g = *m = s.momentum * *m + g;
@@ -61,47 +62,73 @@ WIDEHEAD_INLINE Real stepped(const UpdateScalars<Real>& s, Optimizer kind, Real 
 template <class Real>
 Real adagrad_scale(const UpdateScalars<Real>& s, const Real* g, i64 n, Real* state) {
   *state += static_cast<Real>(dot_f64(g, g, n) / static_cast<double>(n));
-  return static_cast<Real>(static_cast<double>(s.lr) / (__builtin_sqrt(static_cast<double>(*state)) + static_cast<double>(s.eps)));
+  return static_cast<Real>(static_cast<double>(s.lr) /
+                           (__builtin_sqrt(static_cast<double>(*state)) + static_cast<double>(s.eps)));
 }
 
 template <Optimizer kKind, bool kMoments, class Real>
 void step_row(const UpdateScalars<Real>& s, Real* __restrict__ w, const Real* __restrict__ g, Real* __restrict__ m,
               Real* __restrict__ v, Real row_scale, i64 n) {
   for (i64 j = 0; j < n; ++j)
-    w[j] = stepped<Real>(s, kKind, w[j], g[j], kMoments ? m + j : nullptr, kKind == Optimizer::adam ? v + j : nullptr, row_scale);
+    w[j] = stepped<Real>(s, kKind, w[j], g[j], kMoments ? m + j : nullptr, kKind == Optimizer::adam ? v + j : nullptr,
+                         row_scale);
 }
 
 template <class Real>
-void step_any(const Update& u, const UpdateScalars<Real>& s, Real* w, const Real* g, Real* m, Real* v, Real row_scale, i64 n) {
+void step_any(const Update& u, const UpdateScalars<Real>& s, Real* w, const Real* g, Real* m, Real* v, Real row_scale,
+              i64 n) {
   if (u.optimizer == Optimizer::adam) return step_row<Optimizer::adam, true>(s, w, g, m, v, row_scale, n);
   if (u.optimizer == Optimizer::adagrad) return step_row<Optimizer::adagrad, false>(s, w, g, m, v, row_scale, n);
   if (m) return step_row<Optimizer::sgd, true>(s, w, g, m, v, row_scale, n);
   step_row<Optimizer::sgd, false>(s, w, g, m, v, row_scale, n);
 }
 
-// Eight columns share a Philox block; the loop over blocks vectorises.
-inline void round_stochastic(const RandomStream& stream, uint64_t row, i64 first_col, const float* x, uint16_t* out, i64 n) {
+// Sixteen-bit random numbers for columns [0, 8 * lanes) past `first_block` blocks: one Philox block a lane, laid out in
+// column order. Equal to RandomStream::bits16, which the tests hold it to.
+inline void random_halves(const RandomStream& stream, uint64_t row, uint32_t first_block, uint16_t* out) {
+  constexpr int kLanes = Simd<float>::kLanes;
+  uint32_t k0 = stream.key0(), k1 = stream.key1();
+  Words c0, c1 = splat(static_cast<uint32_t>(row)), c2 = splat(static_cast<uint32_t>(row >> 32)),
+            c3 = splat(static_cast<uint32_t>(stream.step));
+  for (int i = 0; i < kLanes; ++i) c0[i] = first_block + static_cast<uint32_t>(i);
+  for (int round = 0; round < 10; ++round, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u) {
+    Words high0, low0, high2, low2;
+    multiply_wide(c0, 0xD2511F53u, high0, low0);
+    multiply_wide(c2, 0xCD9E8D57u, high2, low2);
+    c0 = high2 ^ c1 ^ k0;
+    c2 = high0 ^ c3 ^ k1;
+    c1 = low2;
+    c3 = low0;
+  }
+  Words even_low, even_high, odd_low, odd_high, w[4];
+  interleave(c0, c2, even_low, even_high);
+  interleave(c1, c3, odd_low, odd_high);
+  interleave(even_low, odd_low, w[0], w[1]);
+  interleave(even_high, odd_high, w[2], w[3]);
+  __builtin_memcpy(out, w, sizeof w);
+}
+
+WIDEHEAD_INLINE Words stochastic_bits(Vec<float> x, Words random16) {
+  const Words u = (Words)x;
+  const Words special = (Words)((u & 0x7F800000u) == 0x7F800000u);
+  return (special & bf16_bits(x)) | (~special & ((u + random16) >> 16));
+}
+
+inline void round_stochastic(const RandomStream& stream, uint64_t row, i64 first_col, const float* x, uint16_t* out,
+                             i64 n) {
+  constexpr i64 kLanes = Simd<float>::kLanes, kColumns = 8 * kLanes;
   i64 j = 0;
   for (; j < n && ((first_col + j) & 7); ++j)
     out[j] = bf16_stochastic(x[j], stream.bits16(row, static_cast<uint64_t>(first_col + j)));
-  constexpr i64 kBlocks = 16;
-  for (; j + 8 <= n; j += 8 * kBlocks) {
-    const i64 blocks = (n - j) / 8 < kBlocks ? (n - j) / 8 : kBlocks;
-    uint32_t bits[4][kBlocks];
-    const uint32_t first = static_cast<uint32_t>((first_col + j) >> 3);
-    for (i64 b = 0; b < kBlocks; ++b) {
-      const Philox4 r = stream.block(row, first + static_cast<uint32_t>(b));
-      for (int q = 0; q < 4; ++q) bits[q][b] = r.v[q];
-    }
-    for (i64 b = 0; b < blocks; ++b)
-      for (int e = 0; e < 8; ++e)
-        out[j + b * 8 + e] = bf16_stochastic(x[j + b * 8 + e], (bits[e >> 1][b] >> ((e & 1) * 16)) & 0xFFFFu);
-    if (blocks < kBlocks) {
-      j += blocks * 8;
-      break;
-    }
+  alignas(64) uint16_t bits[kColumns];
+  for (; j < n; j += kColumns) {
+    random_halves(stream, row, static_cast<uint32_t>((first_col + j) >> 3), bits);
+    const i64 len = n - j < kColumns ? n - j : kColumns;
+    i64 i = 0;
+    for (; i + kLanes <= len; i += kLanes)
+      store_halves(out + j + i, stochastic_bits(load(x + j + i), load_words(bits + i)));
+    for (; i < len; ++i) out[j + i] = bf16_stochastic(x[j + i], bits[i]);
   }
-  for (; j < n; ++j) out[j] = bf16_stochastic(x[j], stream.bits16(row, static_cast<uint64_t>(first_col + j)));
 }
 
 // Kahan: what rounding loses now is added back before the next step.
@@ -113,6 +140,13 @@ inline void round_kahan(const float* x, uint16_t* lost, uint16_t* out, i64 n) {
   }
 }
 
+inline void widen(const uint16_t* w, float* x, i64 n) {
+  constexpr i64 kLanes = Simd<float>::kLanes;
+  i64 i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(x + i, load_bf16(w + i));
+  for (; i < n; ++i) x[i] = bf16_float(w[i]);
+}
+
 // `n` bfloat16 elements from `first_col` of the random stream `row`.
 inline void update_bf16(const Update& u, const UpdateScalars<float>& s, Purpose purpose, uint64_t row, i64 first_col,
                         uint16_t* w, const float* g, float* m, float* v, uint16_t* lost, float row_scale, i64 n) {
@@ -120,7 +154,7 @@ inline void update_bf16(const Update& u, const UpdateScalars<float>& s, Purpose 
   float x[kChunk];
   for (i64 j = 0; j < n; j += kChunk) {
     const i64 len = n - j < kChunk ? n - j : kChunk;
-    for (i64 i = 0; i < len; ++i) x[i] = bf16_float(w[j + i]);
+    widen(w + j, x, len);
     step_any<float>(u, s, x, g + j, m ? m + j : nullptr, v ? v + j : nullptr, row_scale, len);
     if (lost) {
       round_kahan(x, lost + j, w + j, len);
@@ -152,8 +186,9 @@ void update_row_as(const Update& u, const UpdateScalars<Real>& s, AnyMatrix weig
   }
   if constexpr (sizeof(Real) == 4) {
     if (weight.dtype == Dtype::bf16)
-      return update_bf16(u, s, Purpose::rounding_weight, static_cast<uint64_t>(u.first_row + row), 0, row_of<uint16_t>(weight, row),
-                         g, m, v, row_of<uint16_t>(u.compensation, row), row_scale, weight.cols);
+      return update_bf16(u, s, Purpose::rounding_weight, static_cast<uint64_t>(u.first_row + row), 0,
+                         row_of<uint16_t>(weight, row), g, m, v, row_of<uint16_t>(u.compensation, row), row_scale,
+                         weight.cols);
   }
   step_any<Real>(u, s, row_of<Real>(weight, row), g, m, v, row_scale, weight.cols);
 }

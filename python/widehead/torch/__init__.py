@@ -1,0 +1,9 @@
+"""widehead.torch: the heads as PyTorch modules, and the optimisers that update them inside backward."""
+
+from __future__ import annotations
+
+from ._head import Head, HeadOutput, HeadOutputLse, TopK
+from .heads import DenseHead
+from .optim import FusedAdam, FusedOptimizer, FusedSGD
+
+__all__ = ["DenseHead", "FusedAdam", "FusedOptimizer", "FusedSGD", "Head", "HeadOutput", "HeadOutputLse", "TopK"]

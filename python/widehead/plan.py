@@ -1,0 +1,338 @@
+"""widehead/plan.py -- what a head costs before it is built: memory, arithmetic, traffic and time of a training step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from ._core import ShapeError
+from .machine import Machine
+
+DTYPES = {"float32": 4, "bfloat16": 2}
+LOSSES = ("softmax", "sampled_softmax", "bce", "squared_hinge")
+# Bytes of optimiser state: (per weight, per row of weights) in fused training, moments in float32.
+OPTIMIZERS = {"sgd": (0, 0), "momentum": (4, 0), "adagrad": (0, 4), "adam": (8, 0)}
+_CPU_SCRATCH = 32 << 20  # packed tiles, partial sums and buffers of the threads
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be trained.
+
+    Attributes:
+        n_classes, in_features, batch: D, d and B.
+        dtype: of the weights, "float32" or "bfloat16".
+        loss: "softmax", "sampled_softmax", "bce" or "squared_hinge".
+        optimizer: "sgd", "momentum", "adagrad" or "adam".
+        negatives: classes that sampled softmax draws for a batch.
+        labels: mean number of labels an example.
+
+    Raises:
+        ShapeError: a number below 1, or a name that is not known.
+    """
+
+    n_classes: int
+    in_features: int
+    batch: int
+    dtype: str = "float32"
+    loss: str = "softmax"
+    optimizer: str = "adagrad"
+    negatives: int = 512
+    labels: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("n_classes", "in_features", "batch", "negatives"):
+            if getattr(self, name) < 1:
+                raise ShapeError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        for name, known in (("dtype", DTYPES), ("loss", LOSSES), ("optimizer", OPTIMIZERS)):
+            if getattr(self, name) not in known:
+                raise ShapeError(f"{name}: expected one of {', '.join(known)}, got {getattr(self, name)!r}")
+
+
+@dataclass(frozen=True)
+class Term:
+    """A line of the arithmetic: what is counted, how, and what comes out (bytes or operations)."""
+
+    what: str
+    formula: str
+    value: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The cost of one way to train the job.
+
+    Attributes:
+        head, loss: the head and its loss.
+        exact: the gradient is that of the loss over all classes.
+        ours: False for the ordinary layer that everything is compared with.
+        memory: bytes that stay between steps and bytes of a step, term by term.
+        flops: floating-point operations of products in a step, forward, backward and update.
+        traffic: bytes of memory read and written in a step.
+        exponentials: evaluations of the loss's function in a step.
+        rate_dtype: whose product rate counts.
+        fused: arithmetic and traffic overlap; they come one after the other where every operation stores its result.
+    """
+
+    head: str
+    loss: str
+    exact: bool
+    memory: list[Term]
+    flops: list[Term]
+    traffic: list[Term]
+    exponentials: float
+    rate_dtype: str
+    ours: bool = True
+    fused: bool = True
+    note: str = ""
+
+    @property
+    def peak(self) -> float:
+        """Bytes at the peak of a step."""
+        return sum(term.value for term in self.memory)
+
+    def seconds(self, machine: Machine) -> float:
+        """Time of a step: the arithmetic or the traffic, whichever takes longer."""
+        arithmetic = sum(t.value for t in self.flops) / machine.flops[self.rate_dtype]
+        return max(
+            arithmetic + self.exponentials / machine.exponentials,
+            sum(t.value for t in self.traffic) / machine.bandwidth,
+        )
+
+    def as_dict(self, machine: Machine, batch: int) -> dict[str, object]:
+        """All of it as plain values for JSON; bytes, seconds, examples a second."""
+        seconds = self.seconds(machine)
+        return {
+            "head": self.head,
+            "loss": self.loss,
+            "exact": self.exact,
+            "peak_bytes": self.peak,
+            "flops": sum(t.value for t in self.flops),
+            "traffic_bytes": sum(t.value for t in self.traffic),
+            "exponentials": self.exponentials,
+            "seconds_per_step": seconds,
+            "examples_per_second": batch / seconds,
+            "fits": self.peak <= machine.memory,
+            "terms": {
+                kind: [vars(term) for term in terms]
+                for kind, terms in (("memory", self.memory), ("flops", self.flops), ("traffic", self.traffic))
+            },
+            "note": self.note,
+        }
+
+
+Planner = Callable[[Job], Iterable[Plan]]
+_PLANNERS: dict[str, Planner] = {}
+
+
+def register(name: str) -> Callable[[Planner], Planner]:
+    """Decorator: the function that gives the plans of the head `name`, in the order of the table."""
+
+    def keep(planner: Planner) -> Planner:
+        _PLANNERS[name] = planner
+        return planner
+
+    return keep
+
+
+def plans(job: Job) -> list[Plan]:
+    """The plans of every registered head for a job, the ordinary layer first."""
+    return [plan for planner in _PLANNERS.values() for plan in planner(job)]
+
+
+@dataclass
+class _Layer:
+    """The parts that every plan of one job shares, with their formulas."""
+
+    job: Job
+    weights: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.weights = float(self.job.n_classes) * self.job.in_features * DTYPES[self.job.dtype]
+
+    def parameters(self) -> list[Term]:
+        job = self.job
+        per_weight, per_row = OPTIMIZERS[job.optimizer]
+        terms = [
+            Term("weights", f"D d {DTYPES[job.dtype]} B", self.weights),
+            Term("bias", "D 4 B", 4.0 * job.n_classes),
+        ]
+        state = job.n_classes * (per_weight * (job.in_features + 1.0) + (2.0 * per_row))
+        if state:
+            formula = f"D (d + 1) {per_weight} B" if per_weight else f"2 D {per_row} B"
+            terms.append(Term(f"state of {job.optimizer}", formula, state))
+        return terms
+
+    def state_traffic(self, rows: float) -> float:
+        """Bytes read and written for the optimiser's state of some rows."""
+        per_weight, per_row = OPTIMIZERS[self.job.optimizer]
+        return 2.0 * rows * (per_weight * self.job.in_features + per_row)
+
+
+@register("linear")
+def plan_linear(job: Job) -> list[Plan]:
+    """torch's `nn.Linear`, its loss function and optimiser: logits and all gradients are stored."""
+    layer, size = _Layer(job), DTYPES[job.dtype]
+    logits = float(job.batch) * job.n_classes
+    product = 2.0 * logits * job.in_features
+    loss = "softmax" if job.loss == "sampled_softmax" else job.loss
+    return [
+        Plan(
+            head="nn.Linear (torch)",
+            loss=loss,
+            exact=True,
+            ours=False,
+            fused=False,
+            memory=[
+                *layer.parameters(),
+                Term("gradient of weights", f"D d {size} B", layer.weights),
+                Term("logits, probabilities, their gradient", f"3 B D {size} B", 3 * logits * size),
+            ],
+            flops=[Term("logits, dH, dW", "3 x 2 B D d", 3 * product)],
+            traffic=[
+                Term("weights: forward, backward, update", f"4 D d {size} B", 4 * layer.weights),
+                Term("gradient: written, read", f"2 D d {size} B", 2 * layer.weights),
+                Term("optimiser state", "read and written", layer.state_traffic(job.n_classes)),
+                Term("logits: six passes", f"6 B D {size} B", 6 * logits * size),
+            ],
+            exponentials=2 * logits,
+            rate_dtype=job.dtype,
+            note="for comparison",
+        )
+    ]
+
+
+@register("dense")
+def plan_dense(job: Job) -> list[Plan]:
+    """DenseHead, fused: exact over all classes, and on sampled ones."""
+    losses = ("softmax", "sampled_softmax") if job.loss in ("softmax", "sampled_softmax") else (job.loss,)
+    return [_dense_sampled(job) if loss == "sampled_softmax" else _dense_exact(job, loss) for loss in losses]
+
+
+def _dense_exact(job: Job, loss: str) -> Plan:
+    layer, size = _Layer(job), DTYPES[job.dtype]
+    pairs = float(job.batch) * job.n_classes
+    product = 2.0 * pairs * job.in_features
+    hidden = 4.0 * job.batch * job.in_features
+    # Softmax needs its normaliser before any gradient: one pass for it and one that recomputes the logits.
+    passes = 2 if loss == "softmax" else 1
+    return Plan(
+        head="DenseHead",
+        loss=loss,
+        exact=True,
+        memory=[
+            *layer.parameters(),
+            Term("hidden, its gradient, packed copies", "4 B d 4 B", 4 * hidden),
+            Term("tiles and partial sums", "fixed", _CPU_SCRATCH),
+        ],
+        flops=[
+            Term("logits" + (", twice" if passes == 2 else ""), f"{passes} x 2 B D d", passes * product),
+            Term("dH and dW", "2 x 2 B D d", 2 * product),
+        ],
+        traffic=[
+            Term("weights: read, and updated in cache", f"{passes + 1} D d {size} B", (passes + 1) * layer.weights),
+            Term("optimiser state", "read and written", layer.state_traffic(job.n_classes)),
+        ],
+        exponentials=passes * pairs,
+        rate_dtype=job.dtype,
+    )
+
+
+def _dense_sampled(job: Job) -> Plan:
+    layer, size = _Layer(job), DTYPES[job.dtype]
+    rows = min(float(job.n_classes), job.negatives + job.batch * job.labels)
+    product = 2.0 * job.batch * rows * job.in_features
+    gathered = rows * job.in_features * (size + 4.0)
+    return Plan(
+        head="DenseHead",
+        loss="sampled_softmax",
+        exact=False,
+        memory=[
+            *layer.parameters(),
+            Term("rows of the sampled classes, their gradient", f"S d {size + 4} B", gathered),
+            Term("hidden, its gradient, packed copies", "4 B d 4 B", 16.0 * job.batch * job.in_features),
+            Term("tiles and partial sums", "fixed", _CPU_SCRATCH),
+        ],
+        flops=[
+            Term("logits, twice", "2 x 2 B S d", 2 * product),
+            Term("dH and dW", "2 x 2 B S d", 2 * product),
+        ],
+        traffic=[
+            Term(f"rows: gathered and updated, S = {rows:.0f}", f"3 S d {size} B", 3 * rows * job.in_features * size),
+            Term("their gradient", "4 S d 4 B", 16.0 * rows * job.in_features),
+            Term("optimiser state", "read and written", layer.state_traffic(rows)),
+        ],
+        exponentials=2.0 * job.batch * rows,
+        rate_dtype=job.dtype,
+        note=f"{job.negatives} negatives a batch stand for all classes",
+    )
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What to take, and why; `plan` is None where nothing fits."""
+
+    plan: Plan | None
+    reason: str
+
+
+# An approximation has to pay: it is taken only where it saves this factor, and only above this time of an exact step.
+_WORTH = 4.0
+_QUICK = 0.1
+
+
+def recommend(candidates: Iterable[Plan], machine: Machine) -> Advice:
+    """The head to take: the fastest exact one that fits, unless an approximate one saves a step of over 0.1 s more than
+    three quarters of its time."""
+    ours = [plan for plan in candidates if plan.ours]
+    fitting = [plan for plan in ours if plan.peak <= machine.memory]
+    if not fitting:
+        least = min(ours, key=lambda plan: plan.peak)
+        return Advice(
+            None,
+            f"nothing fits: {least.head} with {least.loss} needs {human_bytes(least.peak)}, "
+            f"{human_bytes(machine.memory)} are free; take fewer features, bfloat16 weights, or sgd or adagrad",
+        )
+
+    def seconds(plan: Plan) -> float:
+        return plan.seconds(machine)
+
+    exact = min((plan for plan in fitting if plan.exact), key=seconds, default=None)
+    sampled = min((plan for plan in fitting if not plan.exact), key=seconds, default=None)
+    if exact is None or sampled is None:
+        best = exact or sampled
+        assert best is not None
+        return Advice(best, f"the fastest that fits: {human_seconds(seconds(best))} a step")
+    gain = seconds(exact) / seconds(sampled)
+    if gain >= _WORTH and seconds(exact) > _QUICK:
+        return Advice(
+            sampled,
+            f"{gain:.0f} times faster than the exact {exact.loss}, which takes {human_seconds(seconds(exact))} a step; "
+            "it approximates the loss, so compare the quality on a part of the data",
+        )
+    return Advice(exact, f"exact, and at {human_seconds(seconds(exact))} a step fast enough")
+
+
+def human_bytes(value: float) -> str:
+    """1536 -> "1.5 KiB"."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024:
+            return f"{value:.0f} B" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.1f} TiB"
+
+
+def human_seconds(value: float) -> str:
+    """0.0123 -> "12.3 ms"."""
+    for unit, factor in (("s", 1.0), ("ms", 1e3), ("us", 1e6)):
+        if value * factor >= 1 or unit == "us":
+            return f"{value * factor:.3g} {unit}"
+    raise AssertionError
+
+
+def human_count(value: float) -> str:
+    """1234567 -> "1.23 M"."""
+    for unit, factor in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= factor:
+            return f"{value / factor:.3g} {unit}"
+    return f"{value:.3g}"

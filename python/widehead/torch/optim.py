@@ -1,0 +1,306 @@
+"""optim.py -- optimisers whose step happens inside backward, tile by tile: no weight gradient ever exists.
+
+    optimizer = FusedSGD(head, lr=0.1, momentum=0.9)
+    loss.backward()       # the head's weights are updated here
+    optimizer.step()      # counts the step; refuses nothing, moves nothing
+
+They own their heads' weights: `requires_grad` is False, and a plain torch optimiser trains the rest of the network.
+What needs the whole gradient before the step is out of reach: gradient accumulation and double backward are refused
+with an error, and gradient clipping must leave the head out (`clip_grad_norm_(backbone.parameters(), ...)`: the head
+has no `.grad` to clip). Under `DistributedDataParallel` every rank would update its own copy: train data-parallel heads
+in plain mode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from widehead._core import BackendError, Error, ShapeError
+
+from ._head import Head, check
+from ._owner import PENDING, Owner
+
+ROUNDINGS = ("nearest", "stochastic", "kahan")
+
+
+class FusedOptimizer(torch.optim.Optimizer):
+    """What the fused optimisers share: owning heads, counting steps, keeping state.
+
+    A parameter group takes its heads as `{"heads": [...], "lr": ...}`; in `param_groups` each head shows up as its
+    anchor (a 0-d tensor that carries the head's report to a GradScaler) followed by its weight and bias.
+    """
+
+    optimizer_name: str  # the core's
+
+    def __init__(
+        self,
+        heads: Head | Iterable[Head] | Iterable[dict[str, Any]],
+        defaults: dict[str, Any],
+        rounding: str | None,
+        grad_scaler: Any | None,
+        seed: int | None,
+    ) -> None:
+        self.grad_scaler = grad_scaler
+        self._owners: list[Owner] = []
+        # In the parameter group, so that a checkpoint resumes with the same random rounding.
+        seed = int(torch.randint(2**63 - 1, ())) if seed is None else seed
+        groups: list[Any] = [heads] if isinstance(heads, Head) else list(heads)
+        if groups and all(isinstance(head, Head) for head in groups):
+            groups = [{"heads": groups}]
+        try:
+            super().__init__(groups, {**defaults, "rounding": rounding, "seed": seed})
+        except BaseException:
+            for owner in list(self._owners):
+                self.release(owner.head)
+            raise
+
+    # A GradScaler hands such an optimiser its scale instead of deciding for it: step() can then see a forgotten
+    # grad_scaler=.
+    _step_supports_amp_scaling = True
+
+    def add_param_group(self, param_group: dict[str, Any] | Head) -> None:
+        """Take ownership of more heads: a head, or `{"heads": [...], "lr": ...}`.
+
+        Raises:
+            ShapeError: no head, a head that another optimiser owns, or an option outside its range.
+        """
+        group = {"heads": [param_group]} if isinstance(param_group, Head) else dict(param_group)
+        given = group.pop("heads", ())
+        heads = list(given) if isinstance(given, (list, tuple)) else [given]
+        check(
+            bool(heads) and "params" not in group and all(isinstance(head, Head) for head in heads),
+            f"heads: expected widehead heads, got {heads or group.get('params')}; other parameters belong to a "
+            "torch.optim optimiser of their own",
+        )
+        for head in heads:
+            if head.weight.is_meta:
+                raise BackendError("weight is on the meta device: call to_empty(device=...) first")
+            if head._owner is not None:
+                raise ShapeError(
+                    f"heads: {head._owner.name} is owned by a {type(head._owner.optimizer).__name__} already; "
+                    "call head.release() first"
+                )
+        check(len({id(head) for head in heads}) == len(heads), "heads: expected each head once")
+        self._check_group({**self.defaults, **group}, heads)
+        owners = [Owner(head, self, len(self.param_groups)) for head in heads]
+        params = [p for owner in owners for p in (owner.anchor, *owner.head.owned_parameters())]
+        super().add_param_group({**group, "params": params})
+        for owner in owners:
+            owner.head.enter_ownership(owner)
+        self._owners += owners
+
+    def release(self, head: Head) -> None:
+        """Give a head back: its weights are plain parameters again, its optimiser state is dropped."""
+        owner = next((owner for owner in self._owners if owner.head is head), None)
+        if owner is None:
+            raise ShapeError("head: expected a head that this optimiser owns")
+        gone = {id(p) for p in (owner.anchor, *head.owned_parameters())}
+        group = self.param_groups[owner.group_index]
+        group["params"] = [p for p in group["params"] if id(p) not in gone]
+        for parameter in [p for p in self.state if id(p) in gone]:
+            del self.state[parameter]
+        self._owners.remove(owner)
+        head.leave_ownership()
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Close the step that backward has taken: count it and let the next backward pass. Nothing to close: no
+        effect.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if getattr(self, "grad_scale", None) is not None and self.grad_scaler is None:
+            raise Error(
+                f"a GradScaler drives this optimiser but {type(self).__name__} does not know it: the update in "
+                "backward saw scaled gradients; construct it with grad_scaler=scaler"
+            )
+        for owner in self._owners:
+            if owner.control[PENDING]:
+                self._state_of(owner.head.weight)["step"] += 1
+                owner.control[PENDING] = 0
+                owner.head.after_step()
+        return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, but state keeps its own type: moments stay float32 beside bfloat16 weights, bit for bit."""
+        super().load_state_dict(state_dict)
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        names = [name for group in state_dict["param_groups"] for name in group["params"]]
+        for name, parameter in zip(names, parameters, strict=True):
+            for key, value in state_dict["state"].get(name, {}).items():
+                if isinstance(value, Tensor):
+                    device = value.device if key == "step" else parameter.device
+                    self.state[parameter][key] = value.detach().to(device=device, copy=True)
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise Error(
+            f"{type(self).__name__} cannot be copied or pickled: it is bound to its heads; save state_dict() and load "
+            "it into a new one"
+        )
+
+    def core_update(self, owner: Owner) -> dict[str, Any]:
+        """The next step on this head, as the core takes it; tensors where it takes arrays."""
+        head, group = owner.head, self.param_groups[owner.group_index]
+        update = {
+            "optimizer": self.optimizer_name,
+            "rounding": group["rounding"] or "stochastic",
+            "lr": float(group["lr"]),
+            "weight_decay": float(group["weight_decay"]),
+            "step": int(self._state_of(head.weight)["step"]) + 1,
+            "seed": int(group["seed"]),
+            **self._core_options(group),
+        }
+        for names, parameter in ((("first", "second"), head.weight), (("bias_first", "bias_second"), head.bias)):
+            if parameter is not None:
+                state = self._state_of(parameter)
+                for name, key in zip(names, self._moments(group), strict=False):
+                    update[name] = state[key]
+        if group["rounding"] == "kahan" and head.weight.dtype == torch.bfloat16:
+            update["compensation"] = self._state_of(head.weight)["compensation"]
+        return update
+
+    def grow(self, owner: Owner, old: int) -> None:
+        """Extend the state of a head that had `old` classes: zeros for the new ones, as at the start."""
+        for parameter in owner.head.owned_parameters():
+            for key, value in self.state.get(parameter, {}).items():
+                if value.dim():
+                    fresh = value.new_zeros(parameter.shape[0] - old, *value.shape[1:])
+                    self.state[parameter][key] = torch.cat([value, fresh])
+
+    def _state_of(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        """The parameter's state, made at its first use."""
+        group = next((g for g in self.param_groups if any(p is parameter for p in g["params"])), None)
+        if group is None:
+            raise Error(
+                "a parameter of the head was replaced after the fused optimiser took it: release() the head first"
+            )
+        state = self.state[parameter]
+        kind = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+        for key in self._moments(group):
+            if key not in state:
+                state[key] = torch.zeros_like(parameter, dtype=kind, requires_grad=False)
+        if parameter.dim() == 2:
+            if "step" not in state:
+                state["step"] = torch.zeros((), dtype=torch.int64)
+            if group["rounding"] == "kahan" and parameter.dtype == torch.bfloat16 and "compensation" not in state:
+                state["compensation"] = torch.zeros_like(parameter, requires_grad=False)
+        return state
+
+    def _check_group(self, group: dict[str, Any], heads: list[Head]) -> None:
+        check(float(group["lr"]) >= 0, f"lr: expected at least 0, got {group['lr']}")
+        check(group["weight_decay"] >= 0, f"weight_decay: expected at least 0, got {group['weight_decay']}")
+        rounding = group["rounding"]
+        check(
+            rounding is None or rounding in ROUNDINGS,
+            f"rounding: expected {', '.join(ROUNDINGS)} or None, got {rounding!r}",
+        )
+
+    def _moments(self, group: dict[str, Any]) -> tuple[str, ...]:
+        """Names of the state tensors that take the core's `first` and `second`, as torch.optim calls them."""
+        raise Error(f"{type(self).__name__} names no moments")
+
+    def _core_options(self, group: dict[str, Any]) -> dict[str, float]:
+        raise Error(f"{type(self).__name__} has no options")
+
+
+class FusedSGD(FusedOptimizer):
+    """Stochastic gradient descent inside backward: `torch.optim.SGD` without its gradient.
+
+    g += weight_decay w; with momentum m = momentum m + g, g = m (m starts as g); w -= lr g.
+
+    Args:
+        heads: a head, a list of them, or groups `{"heads": [...], "lr": ...}`. They are owned from now on.
+        lr: learning rate, read at every backward: schedulers work.
+        momentum, weight_decay: as in torch.optim.SGD. With sampled softmax they act on the rows a step touches.
+        rounding: how bfloat16 weights are rounded: "stochastic" (None), "nearest", or "kahan", which keeps the lost
+            bits in one more bfloat16 a weight.
+        grad_scaler: the `torch.amp.GradScaler` in use. Gradients that come in are unscaled, and an overflow leaves the
+            head as
+            it was and reaches the scaler: `scaler.step(...)` skips head and backbone together. One that shows up only
+                deeper
+            in the backbone comes after the head's update.
+        seed: of stochastic rounding; None draws one from torch's generator.
+
+    Raises:
+        ShapeError: an option out of range, or a head that is owned already.
+        NonFiniteError: in backward, a hidden state or gradient is NaN or infinite (no scaler); nothing has changed.
+        Error: in backward, the second one before step().
+    """
+
+    optimizer_name = "sgd"
+
+    def __init__(
+        self,
+        heads: Head | Iterable[Head] | Iterable[dict[str, Any]],
+        lr: float,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        rounding: str | None = None,
+        grad_scaler: Any | None = None,
+        *,
+        seed: int | None = None,
+    ) -> None:
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+        super().__init__(heads, defaults, rounding, grad_scaler, seed)
+
+    def _check_group(self, group: dict[str, Any], heads: list[Head]) -> None:
+        super()._check_group(group, heads)
+        check(0 <= group["momentum"] < 1, f"momentum: expected at least 0 and below 1, got {group['momentum']}")
+
+    def _moments(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return ("momentum_buffer",) if group["momentum"] else ()
+
+    def _core_options(self, group: dict[str, Any]) -> dict[str, float]:
+        return {"momentum": float(group["momentum"])}
+
+
+class FusedAdam(FusedOptimizer):
+    """Adam with decoupled weight decay inside backward: `torch.optim.AdamW` without its gradient (arXiv 1711.05101).
+
+    w -= lr weight_decay w; m, v are the moments with bias correction; w -= lr m / (sqrt(v) + eps). The moments are
+    float32.
+
+    Args:
+        betas, eps, weight_decay: as in torch.optim.AdamW, but weight_decay is 0 unless given. Sampled softmax moves the
+            moments of the rows that a step touches only, as torch.optim.SparseAdam does.
+        heads, lr, rounding, grad_scaler, seed: see `FusedSGD`, and its errors.
+    """
+
+    optimizer_name = "adam"
+
+    def __init__(
+        self,
+        heads: Head | Iterable[Head] | Iterable[dict[str, Any]],
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        rounding: str | None = None,
+        grad_scaler: Any | None = None,
+        *,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__(
+            heads, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}, rounding, grad_scaler, seed
+        )
+
+    def _check_group(self, group: dict[str, Any], heads: list[Head]) -> None:
+        super()._check_group(group, heads)
+        check(
+            all(0 <= b < 1 for b in group["betas"]),
+            f"betas: expected two of at least 0 and below 1, got {group['betas']}",
+        )
+        check(group["eps"] >= 0, f"eps: expected at least 0, got {group['eps']}")
+
+    def _moments(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return ("exp_avg", "exp_avg_sq")
+
+    def _core_options(self, group: dict[str, Any]) -> dict[str, float]:
+        beta1, beta2 = group["betas"]
+        return {"beta1": float(beta1), "beta2": float(beta2), "eps": float(group["eps"])}

@@ -1,0 +1,58 @@
+"""tests/python/conftest.py -- fixtures: instruction sets, thread counts, devices."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+
+import pytest
+from widehead import _core
+
+THREADS = (1, 2, 4)
+
+
+@pytest.fixture(params=_core.supported_isas())
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test once for each instruction set that this processor has."""
+    before = _core.current_isa()
+    _core.set_isa(request.param)
+    yield request.param
+    _core.set_isa(before)
+
+
+@pytest.fixture(params=THREADS)
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    """Runs the test once for each thread count."""
+    before = _core.get_num_threads()
+    _core.set_num_threads(request.param)
+    yield request.param
+    _core.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def _leave_settings() -> Iterator[None]:
+    """No test leaves another thread count or instruction set behind."""
+    before = _core.get_num_threads(), _core.current_isa()
+    yield
+    if before[0] != _core.get_num_threads():
+        _core.set_num_threads(before[0])
+    if before[1] != _core.current_isa():
+        _core.set_isa(before[1])
+
+
+def _no_cuda() -> str | None:
+    if not _core.cuda_built:
+        return "widehead was built without CUDA"
+    if importlib.util.find_spec("torch") is None:
+        return "PyTorch is not installed"
+    import torch
+
+    return None if torch.cuda.is_available() else "no CUDA device"
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    """Runs the test on the CPU and, where there is one, on a GPU; skipped by name otherwise."""
+    if request.param == "cuda" and (reason := _no_cuda()):
+        pytest.skip(reason)
+    return request.param

@@ -1,0 +1,227 @@
+"""tests/python/test_dense.py -- the core's dense head against the float64 reference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from dense_cases import LOSSES, SHAPES, Case, exact, make, some_shapes, weights_of_examples
+from reference import UNIT, Dense, within
+from widehead import _core
+
+DTYPES = ("float32", "bfloat16", "float64")
+
+
+def check_forward(case: Case, ref: Dense) -> None:
+    got = case.forward()
+    within(got["losses"], ref.losses, ref.losses_error, "losses")
+    within(got["output"], ref.output, ref.output_error, "output")
+    if case.options["loss"] == "softmax":
+        within(got["lse"], ref.lse, ref.lse_error, "lse")
+
+
+def check_gradients(case: Case, ref: Dense, scale: np.ndarray, **more: Any) -> None:
+    incoming = {name.removeprefix("grad_"): value for name, value in more.items() if name in ("grad_output", "grad_lse")}
+    want = ref.gradients(scale, incoming.get("output"), incoming.get("lse"))
+    got = case.backward(scale, **more)
+    rounding = UNIT["bfloat16" if case.hidden.dtype == np.uint16 else case.hidden.dtype.name]
+    subnormal = 2.0**-25 if case.hidden.dtype == np.float16 else 0.0
+    bound = want.hidden_error * (1 + rounding) + rounding * np.abs(want.hidden) + subnormal
+    within(exact(got["grad_hidden"]), want.hidden, bound, "grad_hidden")
+    within(got["grad_weight"], want.weight, want.weight_error, "grad_weight")
+    if case.bias is not None:
+        within(got["grad_bias"], want.bias, want.bias_error, "grad_bias")
+
+
+def check(case: Case, **more: Any) -> None:
+    ref = case.reference()
+    check_forward(case, ref)
+    check_gradients(case, ref, weights_of_examples(case), **more)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_shape(isa: str, dtype: str) -> None:
+    for i, shape in enumerate(SHAPES):
+        check(make(shape, seed=i, dtype=dtype, bias=i % 3 > 0, pad=(0, 3, 0, 16)[i % 4], lse_penalty=(0.0, 0.01)[i % 2]))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_loss_and_option(isa: str, name: str) -> None:
+    for i, shape in enumerate(some_shapes(12, seed=3)):
+        for dtype in DTYPES:
+            check(make(shape, seed=i, dtype=dtype, bias=i % 4 > 0, scale=3.0, **LOSSES[name]))
+
+
+@pytest.mark.parametrize("hidden_dtype", ["float32", "float16", "bfloat16", "float64"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_hidden_dtypes(isa: str, dtype: str, hidden_dtype: str) -> None:
+    if hidden_dtype == "float64" and dtype != "float64":
+        with pytest.raises(_core.DtypeError, match="float64"):
+            make((4, 5, 6), dtype=dtype, hidden_dtype=hidden_dtype).forward()
+        return
+    for i, shape in enumerate(some_shapes(8, seed=5)):
+        check(make(shape, seed=i, dtype=dtype, hidden_dtype=hidden_dtype, pad=i % 3))
+
+
+@pytest.mark.parametrize("loss", ["softmax", "bce", "squared_hinge"])
+def test_gradients_that_come_in(isa: str, loss: str) -> None:
+    rng = np.random.default_rng(0)
+    for shape in some_shapes(8, seed=7):
+        case = make(shape, loss=loss)
+        more = {"grad_output": rng.normal(size=shape[0]).astype(np.float32)}
+        if loss == "softmax":
+            more["grad_lse"] = rng.normal(size=shape[0]).astype(np.float32)
+        check(case, **more)
+
+
+@pytest.mark.parametrize("loss", ["bce", "squared_hinge"])
+def test_losses_on_the_way(isa: str, loss: str) -> None:
+    for i, shape in enumerate(some_shapes(8, seed=9)):
+        case = make(shape, seed=i, loss=loss)
+        losses, output = np.empty(shape[0], np.float32), np.empty(shape[0], np.float32)
+        case.backward(weights_of_examples(case), losses=losses, output=output)
+        apart = case.forward(("losses", "output"))
+        assert np.array_equal(losses, apart["losses"]) and np.array_equal(output, apart["output"])
+
+
+def test_each_output_can_be_left_out(isa: str) -> None:
+    case = make((33, 97, 31))
+    scale = weights_of_examples(case)
+    whole, lse = case.backward(scale), case.forward(("lse",))["lse"]
+    assert np.array_equal(case.forward(("losses",))["losses"], case.forward()["losses"])
+    for name, want in whole.items():
+        out = np.full_like(want, 7)
+        _core.dense_backward(**case.arguments(), lse=lse, grad_losses=scale, **{name: out})
+        assert np.array_equal(out, want), name
+
+
+def test_bounds_are_tight_enough_to_mean_something() -> None:
+    """A feature that is 2 % off, or a class left out of the normaliser, is outside of the bounds."""
+    for shape in [(33, 97, 31), (130, 1000, 257), (3, 12, 5)]:
+        case = make(shape)
+        ref = case.reference()
+        case.hidden[:, -1] *= 1.02
+        with pytest.raises(AssertionError):
+            check_forward(case, ref)
+        case = make(shape)
+        ref = case.reference()
+        case.bias[-1] = -np.inf
+        with pytest.raises(AssertionError):
+            check_forward(case, ref)
+        with pytest.raises(AssertionError):
+            check_gradients(case, ref, weights_of_examples(case))
+
+
+@pytest.mark.parametrize("scale", [0.0, 30.0, 1e4])
+def test_extreme_logits(isa: str, scale: float) -> None:
+    for loss in ("softmax", "bce", "squared_hinge"):
+        for dtype in DTYPES:
+            check(make((17, 97, 16), dtype=dtype, loss=loss, scale=scale))
+
+
+def test_same_bits_for_any_number_of_threads(isa: str) -> None:
+    for shape, dtype, name in [
+        ((130, 1000, 257), "float32", "smoothing and class weights"),
+        ((33, 1000, 64), "bfloat16", "softmax"),
+        ((17, 1000, 31), "float64", "hinge"),
+        ((300, 700, 100), "float32", "bce"),
+        ((1030, 1000, 257), "float32", "softmax"),
+    ]:
+        case = make(shape, dtype=dtype, **LOSSES[name])
+        scale, results = weights_of_examples(case), []
+        for threads in (1, 2, 4):
+            _core.set_num_threads(threads)
+            fused = case.fused(scale, {"optimizer": "sgd", "rounding": "stochastic", "lr": 0.1, "step": 3})
+            results.append({**case.forward(), **case.backward(scale), **{f"fused {k}": v for k, v in fused.items()}})
+        for other in results[1:]:
+            for key, value in results[0].items():
+                assert value is other[key] is None or np.array_equal(value, other[key]), (shape, dtype, key)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_logits_and_scores(isa: str, dtype: str) -> None:
+    rng = np.random.default_rng(2)
+    for i, shape in enumerate(some_shapes(20, seed=11)):
+        case = make(shape, seed=i, dtype=dtype, bias=i % 2 > 0, pad=i % 3, softcap=(0.0, 2.0)[i % 2])
+        ref = case.reference()
+        layer = {"hidden": case.hidden, "weight": case.weight, "bias": case.bias, "softcap": case.options["softcap"]}
+        logits = np.full(shape[:2], 7, case.real)
+        _core.dense_logits(**layer, logits=logits)
+        within(logits, ref.z, ref.z_error, "logits")
+        classes = rng.integers(0, shape[1], (shape[0], 5))
+        scores = np.full((shape[0], 5), 7, case.real)
+        _core.dense_scores(**layer, classes=classes, scores=scores)
+        at = np.arange(shape[0])[:, None], classes
+        within(scores, ref.z[at], ref.z_error[at], "scores")
+
+
+def topk(case: Case, k: int, exclude: list[list[int]] | None = None, lse: np.ndarray | None = None) -> tuple:
+    batch = len(case.hidden)
+    scores, classes = np.full((batch, k), 7, case.real), np.full((batch, k), 7, np.int64)
+    more = {}
+    if exclude is not None:
+        more["exclude_indptr"] = np.cumsum([0] + [len(row) for row in exclude]).astype(np.int64)
+        more["exclude_indices"] = np.array([c for row in exclude for c in row], np.int64)
+    layer = {"hidden": case.hidden, "weight": case.weight, "bias": case.bias}
+    _core.dense_topk(**layer, k=k, scores=scores, classes=classes, lse=lse, **more)
+    return scores, classes
+
+
+def test_topk_equals_sorting_the_logits(isa: str) -> None:
+    """Logits of small integers are exact, so ties are real; they go to the lower class."""
+    rng = np.random.default_rng(4)
+    for i, shape in enumerate(some_shapes(30, seed=13)):
+        batch, n, d = shape
+        for dtype in DTYPES:
+            case = make(shape, dtype=dtype, bias=False)
+            hidden, weight = rng.integers(-2, 3, (batch, d)), rng.integers(-2, 3, (n, d))
+            keep = (lambda x: (x.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)) if dtype == "bfloat16" else None
+            case.hidden, case.weight = (keep(x) if keep else x.astype(dtype) for x in (hidden, weight))
+            z = (hidden @ weight.T).astype(float)
+            exclude = None
+            if i % 2:
+                exclude = [list(rng.integers(0, n, rng.integers(0, 6))) for _ in range(batch)]
+                for b, row in enumerate(exclude):
+                    z[b, row] = -np.inf
+            for k in (1, 2, 5, 17):
+                scores, classes = topk(case, k, exclude)
+                order = np.argsort(-z, axis=1, kind="stable")[:, :k]
+                best = np.take_along_axis(z, order, 1)
+                order = np.where(np.isfinite(best), order, -1)
+                missing = ((0, 0), (0, k - order.shape[1]))
+                assert np.array_equal(classes, np.pad(order, missing, constant_values=-1))
+                assert np.array_equal(scores, np.pad(best, missing, constant_values=-np.inf))
+
+
+def test_topk_normaliser(isa: str) -> None:
+    case = make((33, 1000, 64))
+    ref, lse = case.reference(), np.empty(33, np.float32)
+    topk(case, 3, exclude=[[1, 2]] * 33, lse=lse)
+    within(lse, ref.lse, ref.lse_error, "lse")
+
+
+def test_filter_error_is_below_its_bound(isa: str) -> None:
+    case = make((64, 1000, 64))
+    # Classes of falling frequency: the tail is where tiles are skipped.
+    case.bias[:] = np.linspace(0, -20, 1000)
+    case.target["indices"] %= 300
+    scale = np.abs(weights_of_examples(case))
+    ref = case.reference().gradients(scale)
+    exact_grad = case.backward(scale)
+    eps = 1e-4
+    filtered_grad = case.backward(scale, filter_eps=eps)
+    tiles = case.filtered
+    assert tiles > 0
+    limit = eps * scale.max()
+    skipped = np.where(np.abs(ref.dz) < limit * 1.001, np.abs(ref.dz), 0.0)
+    bound = skipped @ np.abs(case.weight.astype(float)) + 2 * ref.hidden_error
+    error = np.abs(filtered_grad["grad_hidden"].astype(float) - exact_grad["grad_hidden"])
+    assert (error <= bound).all() and error.max() > 0
+    bound = skipped.T @ np.abs(case.hidden.astype(float)) + 2 * ref.weight_error
+    assert (np.abs(filtered_grad["grad_weight"].astype(float) - exact_grad["grad_weight"]) <= bound).all()
+    case.backward(scale, filter_eps=0.0)
+    assert case.filtered == 0
+    # A filter below everything skips nothing and changes no bit.
+    same = case.backward(scale, filter_eps=1e-35)
+    assert case.filtered == 0 and all(np.array_equal(same[key], exact_grad[key]) for key in same)
