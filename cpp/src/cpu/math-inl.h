@@ -6,7 +6,8 @@ namespace widehead::cpu::WIDEHEAD_ISA_NAME {
 
 // exp(x) for x <= 88 (709 in double); exactly 0 below the smallest normal result, NaN for NaN.
 // exp(x) = 2^n exp(r), n = round(x / ln 2), r = x - n ln 2 in two parts; the integer n is read from the low bits that adding
-// 1.5 * 2^mantissa leaves, so no conversion instruction is needed. Unsigned, for lanes below the range wrap before they are dropped.
+// 1.5 * 2^mantissa leaves, so no conversion instruction is needed; unsigned, for lanes below the range wrap around before they
+// are dropped.
 WIDEHEAD_INLINE Vec<float> exp(Vec<float> x) {
   typedef Simd<float>::I I;
   const Vec<float> shifted = x * 1.44269504088896341f + 12582912.0f;
