@@ -41,10 +41,9 @@ class Targets:
 
     def __init__(self, rows: NDArray[np.int64] | Labels, n_classes: int) -> None:
         self.rows, self.n_classes = rows, n_classes
-
-    @property
-    def multi(self) -> bool:
-        return isinstance(self.rows, Labels)
+        if isinstance(rows, Labels):
+            values = np.ones(len(rows.indices), np.float32) if rows.values is None else rows.values
+            self._matrix = sp.csr_array((values, rows.indices, rows.indptr), shape=(len(rows), n_classes))
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -53,12 +52,8 @@ class Targets:
         """The targets of some examples, as a head takes them."""
         if not isinstance(self.rows, Labels):
             return self.rows[order]
-        part = self._matrix(self.rows)[order]
+        part = self._matrix[order]
         return Labels(part.indptr.astype(np.int64), part.indices.astype(np.int64), part.data, self.n_classes)
-
-    def _matrix(self, labels: Labels) -> sp.csr_array:
-        values = np.ones(len(labels.indices), np.float32) if labels.values is None else labels.values
-        return sp.csr_array((values, labels.indices, labels.indptr), shape=(len(labels), self.n_classes))
 
     def hits(self, best: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Which examples have their class of `best` `[n]` among their targets."""

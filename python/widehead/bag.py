@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import scipy.sparse as sp
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from . import _core
-from ._arrays import STORED
+from ._arrays import STORED, stored
 from ._optimizer import ROUNDINGS, OptimizerState
 from .files import HeadFile, load_head, save_head
 from .options import choose
@@ -38,7 +38,7 @@ class EmbeddingBag:
         seed: of the first weights and of stochastic rounding. The weights do not depend on the number of threads.
 
     Attributes:
-        weight: ``[n_features, dim]``.
+        weight: ``[n_features, dim]``; assign an array to change it.
         steps: number of steps taken.
     """
 
@@ -64,15 +64,25 @@ class EmbeddingBag:
         self.steps = 0
         self._optimizer = OptimizerState()
         self._saved: tuple[Any, NDArray[Any], NDArray[Any]] | None = None
-        self.weight = np.empty((self.n_features, self.dim), STORED[dtype])
+        self._weight = np.empty((self.n_features, self.dim), STORED[dtype])
         width = self.dim**-0.5 if init is None else float(init)
-        _core.init_uniform(out=self.weight, low=-width, high=width, seed=self.seed)
+        _core.init_uniform(out=self._weight, low=-width, high=width, seed=self.seed)
 
     def __repr__(self) -> str:
         return (
             f"EmbeddingBag({self.n_features}, {self.dim}, normalise={self.normalise}, scale={self.scale}, "
             f"dtype={self.dtype!r}, seed={self.seed})"
         )
+
+    @property
+    def weight(self) -> NDArray[Any]:
+        """``[n_features, dim]``, not a copy. A bfloat16 table's is uint16 (``widehead.numpy.from_bfloat16`` reads it)."""
+        return self._weight
+
+    @weight.setter
+    def weight(self, value: ArrayLike) -> None:
+        self._weight = stored(value, self._weight, "weight")
+        self._saved = None
 
     def forward(self, X: Any) -> NDArray[Any]:
         """``[B, dim]`` float32 (float64 for a float64 table) from ``X``, sparse or dense ``[B, n_features]``.
@@ -166,7 +176,7 @@ class EmbeddingBag:
             raise _core.ShapeError(
                 f"weight: expected {list(bag.weight.shape)} {bag.weight.dtype}, got {list(weight.shape)} {weight.dtype}"
             )
-        bag.weight, bag.steps = weight, int(file.state.get("steps", 0))
+        bag._weight, bag.steps = weight, int(file.state.get("steps", 0))
         if "optimizer" in file.state:
             kept, prefix = file.state["optimizer"], "optimizer."
             arrays = {n.removeprefix(prefix): array for n, array in file.tensors.items() if n.startswith(prefix)}
@@ -190,9 +200,11 @@ class EmbeddingBag:
         }
 
     def _csr(self, X: Any) -> sp.csr_array:
+        if not sp.issparse(X):
+            X = np.asarray(X)
+        if X.dtype.kind not in "fiub":
+            raise _core.DtypeError(f"X: expected real numbers, got {X.dtype}")
         csr = X if sp.issparse(X) and X.format == "csr" else sp.csr_array(X)
         if csr.ndim != 2 or csr.shape[1] != self.n_features:
             raise _core.ShapeError(f"X: expected shape [batch, n_features] = [*, {self.n_features}], got {list(csr.shape)}")
-        if csr.dtype.kind not in "fiub":
-            raise _core.DtypeError(f"X: expected real numbers, got {csr.dtype}")
         return csr

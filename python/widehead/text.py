@@ -64,11 +64,18 @@ class PackedStrings(Sequence[str]):
         if isinstance(index, (int, np.integer)):
             i = range(len(self))[index]
             return _string(self.text[self.offsets[i] : self.offsets[i + 1]])
-        rows = np.arange(len(self))[index]
-        lengths = np.diff(self.offsets)[rows]
+        if isinstance(index, slice):
+            rows = np.arange(*index.indices(len(self)))
+        else:
+            rows = np.asarray(index)
+            if rows.dtype == np.bool_:
+                rows = np.flatnonzero(rows)
+            rows = np.where(rows < 0, rows + len(self), rows)
+        starts = self.offsets[rows]
+        lengths = self.offsets[rows + 1] - starts
         offsets = np.zeros(len(rows) + 1, np.int64)
         np.cumsum(lengths, out=offsets[1:])
-        source = np.arange(offsets[-1]) + np.repeat(self.offsets[rows] - offsets[:-1], lengths)
+        source = np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], lengths)
         return PackedStrings.from_arrays(self.text[source], offsets)
 
     def __iter__(self) -> Iterator[str]:
@@ -167,7 +174,10 @@ class NGramHasher(Params):
     def prepare(self, strings: Iterable[str]) -> PackedStrings:
         """Folds and packs: the part of :meth:`transform` that need not be done again for strings that come again."""
         packed = strings if isinstance(strings, PackedStrings) else PackedStrings(strings)
-        return packed.folded() if self.fold else packed
+        packed = packed.folded() if self.fold else packed
+        if self.romanise == "anyascii":
+            _anyascii.covering(packed.text)  # now, not bit by bit as batches bring new characters
+        return packed
 
     def transform(self, strings: Iterable[str]) -> sp.csr_array:
         """``[n, n_features]`` float32 rows of hashed n-grams.
