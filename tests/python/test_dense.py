@@ -54,7 +54,7 @@ def test_every_shape(isa: str, dtype: str) -> None:
 @pytest.mark.parametrize("name", LOSSES)
 def test_every_loss_and_option(isa: str, name: str) -> None:
     for i, shape in enumerate(some_shapes(12, seed=3)):
-        for dtype in DTYPES:
+        for dtype in DTYPES if shape == SHAPES[-1] else [DTYPES[i % 3]]:
             check(make(shape, seed=i, dtype=dtype, bias=i % 4 > 0, scale=3.0, **LOSSES[name]))
 
 
