@@ -43,7 +43,13 @@ class Targets:
         self.rows, self.n_classes = rows, n_classes
         if isinstance(rows, Labels):
             values = np.ones(len(rows.indices), np.float32) if rows.values is None else rows.values
-            self._matrix = sp.csr_array((values, rows.indices, rows.indptr), shape=(len(rows), n_classes))
+            self._matrix = sp.csr_array((values, rows.indices, rows.indptr), shape=(len(rows), n_classes), copy=True)
+            self._matrix.sort_indices()
+            row = np.repeat(np.arange(len(rows)), np.diff(rows.indptr))
+            again = np.flatnonzero((np.diff(self._matrix.indices) == 0) & (np.diff(row) == 0))
+            if len(again):
+                at = again[0]
+                raise _core.LabelError(f"Y: class {self._matrix.indices[at]} is there twice in row {row[at]}")
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -90,7 +96,7 @@ def encode(
     if isinstance(Y, np.ndarray) and Y.ndim == 2:
         return encode(sp.csr_array(Y), n_classes, known, strict)
     Y = list(Y) if not isinstance(Y, np.ndarray) else Y
-    if len(Y) and isinstance(Y[0], (list, tuple, set, frozenset, np.ndarray)):
+    if isinstance(Y, list) and len(Y) and isinstance(Y[0], (list, tuple, set, frozenset, np.ndarray)):
         rows = [sorted(row) for row in Y]
         count = n_classes or 1 + max((max(row) for row in rows if row), default=0)
         labels = Labels.from_lists(rows, count)
