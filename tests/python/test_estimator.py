@@ -64,7 +64,9 @@ def test_several_labels_an_example(loss):
     assert (heavier.head_.weight != models[0].head_.weight).any()
 
 
-@pytest.mark.parametrize("names", [lambda y: y * 7 - 20, lambda y: np.array([f"class {c}" for c in y]), lambda y: y * 0.5])
+@pytest.mark.parametrize(
+    "names", [lambda y: y * 7 - 20, lambda y: np.array([f"class {c}" for c in y]), lambda y: y * 0.5]
+)
 def test_classes_keep_their_names(names, tmp_path):
     X, y = toy()
     named = names(y)
@@ -136,7 +138,9 @@ def test_the_order_is_a_permutation_of_seed_and_epoch():
         assert (order != other).mean() > 0.9
 
 
-NAMES = [f"{a}{b}{c}" for a in ("ber", "lon", "par", "mos") for b in ("ling", "dora", "tin") for c in ("en", "ska", "o")]
+NAMES = [
+    f"{a}{b}{c}" for a in ("ber", "lon", "par", "mos") for b in ("ling", "dora", "tin") for c in ("en", "ska", "o")
+]
 
 
 def test_strings_with_typing_errors(tmp_path):
@@ -147,7 +151,13 @@ def test_strings_with_typing_errors(tmp_path):
         seen.append(epoch)
         return typos(strings, 0.5, seed=1, step=epoch)
 
-    options = {"features": NGramHasher(2**12, romanise=None), "epochs": 30, "batch_size": 8, "negatives": 36, "scale": 6.0}
+    options = {
+        "features": NGramHasher(2**12, romanise=None),
+        "epochs": 30,
+        "batch_size": 8,
+        "negatives": 36,
+        "scale": 6.0,
+    }
     model = small(transform=noise, **options).fit(NAMES, NAMES)
     assert seen == list(range(30))
     assert model.score(NAMES, NAMES) == 1.0
@@ -157,7 +167,10 @@ def test_strings_with_typing_errors(tmp_path):
     model.save(tmp_path / "model")
     again = Classifier.load(tmp_path / "model")
     assert again.features.get_params() == model.features.get_params()
-    assert again.predict_topk(["Berlinska", "parisdora"], 2)[1].tolist() == model.predict_topk(["berlinska", "PARISDORA"], 2)[1].tolist()
+    assert (
+        again.predict_topk(["Berlinska", "parisdora"], 2)[1].tolist()
+        == model.predict_topk(["berlinska", "PARISDORA"], 2)[1].tolist()
+    )
 
 
 def test_hashing_batch_by_batch_is_hashing_at_once():
@@ -165,7 +178,9 @@ def test_hashing_batch_by_batch_is_hashing_at_once():
     at_once = small(epochs=2).fit(hasher.transform(NAMES), NAMES)
     by_batch = small(epochs=2, features=hasher).fit(NAMES, NAMES)
     np.testing.assert_array_equal(at_once.bag_.weight, by_batch.bag_.weight)
-    np.testing.assert_array_equal(at_once.predict_topk(hasher.transform(NAMES), 3)[0], by_batch.predict_topk(NAMES, 3)[0])
+    np.testing.assert_array_equal(
+        at_once.predict_topk(hasher.transform(NAMES), 3)[0], by_batch.predict_topk(NAMES, 3)[0]
+    )
 
 
 def test_partial_fit_goes_on():
@@ -175,7 +190,9 @@ def test_partial_fit_goes_on():
         small().partial_fit(X[:100], y[:100], classes=np.arange(12)).partial_fit(X[:2], sp.csr_array((2, 13)))
     for i in range(6):
         for first in range(0, 500, 100):
-            model.partial_fit(X[first : first + 100], y[first : first + 100], classes=np.arange(12) if i == first == 0 else None)
+            model.partial_fit(
+                X[first : first + 100], y[first : first + 100], classes=np.arange(12) if i == first == 0 else None
+            )
     assert model.score(X[500:], y[500:]) > 0.9 and len(model.history_) == 30
     with pytest.raises(widehead.LabelError, match="99"):
         model.partial_fit(X[:1], [99])
