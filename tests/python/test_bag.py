@@ -134,12 +134,10 @@ class Reference:
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adagrad", "adam"])
-@pytest.mark.parametrize("normalise", [False, True])
-@pytest.mark.parametrize("dim", [1, 5, 24])
+# A unit vector of one dimension has no gradient: normalisation begins at two.
+@pytest.mark.parametrize("normalise, dim", [(False, 1), (False, 5), (False, 24), (True, 2), (True, 5), (True, 24)])
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 def test_steps_follow_the_reference_in_float64(isa, optimizer, normalise, dim, decay):
-    if normalise and dim == 1:
-        pytest.skip("a unit vector of one dimension has no gradient")
     scale = 3.0 if normalise else 1.0
     bag = EmbeddingBag(V, dim, normalise=normalise, scale=scale, dtype="float64", seed=1)
     reference = Reference(bag.weight, optimizer, 0.1, betas=(0.8, 0.95), eps=1e-6, weight_decay=decay)
