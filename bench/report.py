@@ -83,7 +83,7 @@ def places_table(result: dict[str, Any]) -> str:
         "![Quality of the place resolver against the CPU time of its training](docs/places.svg)\n\n"
         "The peers were measured earlier, on another two-core machine, on the same split: their qualities compare, their times only\n"
         f"roughly. widehead on {conditions(result['machine'])}, features included in the time. `python bench/places.py` repeats it.\n"
-        "Namesakes bound P@1: 13 % of the names belong to several places."
+        "Namesakes bound P@1: a name that several places share can be right only once."
     )
 
 

@@ -1,4 +1,5 @@
-"""tests/python/test_reference.py -- the reference itself: against finite differences, and against torch where torch has it."""
+"""tests/python/test_reference.py -- the reference itself: against finite differences, and against torch where torch has
+it."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from dense_cases import LOSSES, make, weights_of_examples
 from reference import philox, reduction_scale, update
 from widehead import _core
@@ -89,9 +91,7 @@ def test_updates_against_torch(name: str) -> None:
         g = rng.normal(size=(3, 4))
         p.grad = torch.tensor(g)
         optimizer.step()
-        w = update(
-            name, w, g, state, lr=0.1, step=step, momentum=0.7, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1
-        )
+        w = update(name, w, g, state, lr=0.1, step=step, momentum=0.7, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1)
         assert np.abs(w - p.detach().numpy()).max() < 1e-12
 
 

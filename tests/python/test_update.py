@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 import reference
 from dense_cases import exact, make, some_shapes, weights_of_examples
 from reference import bf16_stochastic, random_blocks, rounding_bits, within
