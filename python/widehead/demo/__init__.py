@@ -1,0 +1,1 @@
+"""widehead/demo -- the place resolver: any name of a place, in any script or spelling, to the place."""
