@@ -14,7 +14,8 @@
 namespace widehead {
 namespace {
 
-constexpr std::int64_t kChunk = 128;  // strings a task: about a quarter of a millisecond, so that a batch occupies several threads
+constexpr std::int64_t kChunk =
+    128;  // strings a task: about a quarter of a millisecond, so that a batch occupies several threads
 enum Space : std::uint64_t { kText = 0, kRomanised = 1, kWholeWord = 2 };
 
 std::uint64_t hash_start(std::uint64_t space) { return 0x243F6A8885A308D3u + space * 0x9E3779B97F4A7C15u; }

@@ -190,23 +190,24 @@ Loss parse_loss(const std::string& name) {
 
 void bind_dense(nb::module_& m) {
   const nb::object none = nb::none();
-  m.def("dense_forward", &forward, nb::kw_only(), "hidden"_a, "weight"_a, "bias"_a.none(), "offset"_a.none() = none,
-        "indptr"_a.none(), "indices"_a, "values"_a.none(), "n_classes"_a.none() = none, "loss"_a,
-        "label_smoothing"_a = 0.0, "lse_penalty"_a = 0.0, "softcap"_a = 0.0, "class_weight"_a.none() = none,
+  m.def("dense_forward", &forward, nb::kw_only(), "hidden"_a.none(), "weight"_a.none(), "bias"_a.none(),
+        "offset"_a.none() = none, "indptr"_a.none(), "indices"_a.none(), "values"_a.none(), "n_classes"_a.none() = none,
+        "loss"_a, "label_smoothing"_a = 0.0, "lse_penalty"_a = 0.0, "softcap"_a = 0.0, "class_weight"_a.none() = none,
         "ignore_index"_a = -100, "losses"_a.none(), "output"_a.none(), "lse"_a.none(), "stream"_a = 0);
-  m.def("dense_backward", &backward, nb::kw_only(), "hidden"_a, "weight"_a, "bias"_a.none(), "offset"_a.none() = none,
-        "indptr"_a.none(), "indices"_a, "values"_a.none(), "loss"_a, "label_smoothing"_a = 0.0, "lse_penalty"_a = 0.0,
-        "softcap"_a = 0.0, "class_weight"_a.none() = none, "ignore_index"_a = -100, "lse"_a.none(), "grad_losses"_a,
-        "grad_output"_a.none() = none, "grad_lse"_a.none() = none, "grad_hidden"_a.none() = none,
-        "grad_weight"_a.none() = none, "grad_bias"_a.none() = none, "update"_a.none() = none, "losses"_a.none() = none,
-        "output"_a.none() = none, "filter_eps"_a = 0.0, "stream"_a = 0);
-  m.def("dense_logits", &logits, nb::kw_only(), "hidden"_a, "weight"_a, "bias"_a.none(), "offset"_a.none() = none,
-        "softcap"_a = 0.0, "logits"_a, "stream"_a = 0);
-  m.def("dense_scores", &scores, nb::kw_only(), "hidden"_a, "weight"_a, "bias"_a.none(), "softcap"_a = 0.0, "classes"_a,
-        "scores"_a, "stream"_a = 0);
-  m.def("dense_topk", &topk, nb::kw_only(), "hidden"_a, "weight"_a, "bias"_a.none(), "softcap"_a = 0.0, "k"_a,
-        "exclude_indptr"_a.none() = none, "exclude_indices"_a.none() = none, "scores"_a, "classes"_a,
-        "lse"_a.none() = none, "stream"_a = 0);
+  m.def("dense_backward", &backward, nb::kw_only(), "hidden"_a.none(), "weight"_a.none(), "bias"_a.none(),
+        "offset"_a.none() = none, "indptr"_a.none(), "indices"_a.none(), "values"_a.none(), "loss"_a,
+        "label_smoothing"_a = 0.0, "lse_penalty"_a = 0.0, "softcap"_a = 0.0, "class_weight"_a.none() = none,
+        "ignore_index"_a = -100, "lse"_a.none(), "grad_losses"_a.none(), "grad_output"_a.none() = none,
+        "grad_lse"_a.none() = none, "grad_hidden"_a.none() = none, "grad_weight"_a.none() = none,
+        "grad_bias"_a.none() = none, "update"_a.none() = none, "losses"_a.none() = none, "output"_a.none() = none,
+        "filter_eps"_a = 0.0, "stream"_a = 0);
+  m.def("dense_logits", &logits, nb::kw_only(), "hidden"_a.none(), "weight"_a.none(), "bias"_a.none(),
+        "offset"_a.none() = none, "softcap"_a = 0.0, "logits"_a.none(), "stream"_a = 0);
+  m.def("dense_scores", &scores, nb::kw_only(), "hidden"_a.none(), "weight"_a.none(), "bias"_a.none(),
+        "softcap"_a = 0.0, "classes"_a.none(), "scores"_a.none(), "stream"_a = 0);
+  m.def("dense_topk", &topk, nb::kw_only(), "hidden"_a.none(), "weight"_a.none(), "bias"_a.none(), "softcap"_a = 0.0,
+        "k"_a, "exclude_indptr"_a.none() = none, "exclude_indices"_a.none() = none, "scores"_a.none(),
+        "classes"_a.none(), "lse"_a.none() = none, "stream"_a = 0);
 }
 
 }  // namespace widehead::python

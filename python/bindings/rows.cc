@@ -101,13 +101,13 @@ void init(nb::handle out, double low, double high, std::uint64_t seed, std::int6
 
 void bind_rows(nb::module_& m) {
   const nb::object none = nb::none();
-  m.def("gather_rows", &gather, nb::kw_only(), "weight"_a, "rows"_a, "out"_a);
-  m.def("update_rows", &update, nb::kw_only(), "weight"_a, "rows"_a, "grad"_a, "bias"_a.none() = none,
-        "grad_bias"_a.none() = none, "update"_a);
-  m.def("sample_classes", &sample, nb::kw_only(), "draws"_a, "n_classes"_a, "proposal"_a, "threshold"_a.none() = none,
-        "alias"_a.none() = none, "seed"_a, "step"_a);
-  m.def("alias_table", &alias_table, nb::kw_only(), "weight"_a, "threshold"_a, "alias"_a);
-  m.def("init_uniform", &init, nb::kw_only(), "out"_a, "low"_a, "high"_a, "seed"_a, "first_row"_a = 0);
+  m.def("gather_rows", &gather, nb::kw_only(), "weight"_a.none(), "rows"_a.none(), "out"_a.none());
+  m.def("update_rows", &update, nb::kw_only(), "weight"_a.none(), "rows"_a.none(), "grad"_a.none(),
+        "bias"_a.none() = none, "grad_bias"_a.none() = none, "update"_a.none());
+  m.def("sample_classes", &sample, nb::kw_only(), "draws"_a.none(), "n_classes"_a, "proposal"_a,
+        "threshold"_a.none() = none, "alias"_a.none() = none, "seed"_a, "step"_a);
+  m.def("alias_table", &alias_table, nb::kw_only(), "weight"_a.none(), "threshold"_a.none(), "alias"_a.none());
+  m.def("init_uniform", &init, nb::kw_only(), "out"_a.none(), "low"_a, "high"_a, "seed"_a, "first_row"_a = 0);
 }
 
 }  // namespace widehead::python

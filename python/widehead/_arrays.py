@@ -72,3 +72,11 @@ def example_weights(weight: ArrayLike | None, shape: tuple[int, ...]) -> NDArray
     if not np.isfinite(array).all() or (array < 0).any():
         raise NonFiniteError("sample_weight: expected finite weights of at least 0")
     return array
+
+
+def check_finite(hidden: Array) -> None:
+    """Raises NonFiniteError naming the first row that holds NaN or infinity."""
+    finite = (hidden & 0x7F80) != 0x7F80 if hidden.dtype == np.uint16 else np.isfinite(hidden)
+    if not finite.all():
+        row = int(np.flatnonzero(~finite.all(axis=1))[0])
+        raise NonFiniteError(f"hidden: expected finite numbers, got NaN or infinity in row {row}")

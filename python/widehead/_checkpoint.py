@@ -59,7 +59,9 @@ def save_model(model: Classifier, path: Any) -> None:
     features = model.features
     if isinstance(features, NGramHasher):
         if callable(features.romanise):
-            raise Error("features: a file cannot hold a callable romanise; set features=None, and give it to load() again")
+            raise Error(
+                "features: a file cannot hold a callable romanise; set features=None, and give it to load() again"
+            )
         file.config["features"] = features.get_params()
     if model._names is not None:
         file.config["classes"] = model._names.dtype.kind
@@ -102,7 +104,7 @@ def _names_from_tensors(file: HeadFile) -> NDArray[Any]:
 
 
 class Keeper:
-    """Writes the state of a fit now and then, and takes it up again. Also keeps the mean loss of the epoch, which is part of it.
+    """Writes the state of a fit now and then, and takes it up again; keeps the mean loss of the epoch, part of it.
 
     Everything random is a function of seed, epoch and step, so these numbers are all there is to a generator's state.
     """
@@ -160,8 +162,8 @@ class Keeper:
         for name, value in self.identity.items():
             if identity.get(name) != value:
                 raise FileError(
-                    f"{self.path}: a checkpoint of another fit: {name} was {identity.get(name)}, is {value}; delete the file "
-                    "or fit with resume=False"
+                    f"{self.path}: a checkpoint of another fit: {name} was {identity.get(name)}, is {value}; delete "
+                    "the file or fit with resume=False"
                 )
         self.model.bag_, self.model.head_ = unpack(file)
         self.total, self.count = file.state["total"], file.state["count"]

@@ -85,19 +85,19 @@ def init_uniform(*, out: Array, low: float, high: float, seed: int, first_row: i
 # Test hooks for the generator: Philox4x32-10 of a counter and a key.
 def philox(*, counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[int, int, int, int]: ...
 
-# Strings come as pairs (text [length] int32 code points, offsets [n + 1] int64); strings and CSR rows that come back are new arrays.
+# Strings are pairs (text [length] int32 code points, offsets [n + 1] int64). Strings and rows come back as new arrays.
 Strings = tuple[Array, Array]
 
 def ngrams(
-    *, text: Strings, romanised: Strings | None, n_features: int, min_n: int, max_n: int, words: bool, whole_words: bool,
-    separate: bool, binary: bool, norm: str,
+    *, text: Strings, romanised: Strings | None, n_features: int, min_n: int, max_n: int, words: bool,
+    whole_words: bool, separate: bool, binary: bool, norm: str,
 ) -> tuple[Array, Array, Array]: ...  # indptr int64, indices int32, values float32
 # String c of the table replaces code point c; code points past it stay.
 def transliterate(*, text: Strings, table: Strings) -> Strings: ...
 def typos(*, text: Strings, rate: float, second: float, seed: int, step: int, first_row: int) -> Strings: ...
 
-# Embedding bag: out[b] = sum_j values[j] table[indices[j]], or that scaled to length `scale`. norms and, in the step, out and
-# norms serve `normalise` only.
+# Embedding bag: out[b] = sum_j values[j] table[indices[j]], or that scaled to length `scale`. `norms`, and `out` of the
+# step, serve `normalise` only.
 def bag_forward(
     *, indptr: Array, indices: Array, values: Array | None, table: Array, normalise: bool, scale: float, out: Array,
     norms: Array | None = None,

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from . import _core
-from ._arrays import as_batch, example_weights
+from ._arrays import as_batch, check_finite, example_weights
 from ._core import DtypeError, Error, NonFiniteError, ShapeError
 from ._head import Head
 from ._optimizer import ROUNDINGS
@@ -226,6 +226,7 @@ class DenseHead(Head):
         grad_hidden: NDArray,
         update: dict[str, Any],
     ) -> None:
+        check_finite(hidden)  # before the rows' gradients, which would be blamed, are there
         sampled = sample_classes(
             self._proposal,
             self.options.negatives or 1,

@@ -12,15 +12,15 @@ if TYPE_CHECKING:
 
 
 class Params:
-    """Gives a class whose constructor only stores its arguments the methods that ``sklearn.base.clone`` and pipelines use."""
+    """Gives a class whose constructor only stores its arguments what ``sklearn.base.clone`` and pipelines use."""
 
     @classmethod
-    def _names(cls) -> list[str]:
+    def _argument_names(cls) -> list[str]:
         return [name for name in inspect.signature(cls.__init__).parameters if name != "self"]
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:
-        """The arguments of the constructor, by name; with `deep`, those of arguments that have such a method as well."""
-        params = {name: getattr(self, name) for name in self._names()}
+        """The arguments of the constructor, by name; with `deep`, those of arguments that have this method as well."""
+        params = {name: getattr(self, name) for name in self._argument_names()}
         if deep:
             for name, value in list(params.items()):
                 if hasattr(value, "get_params") and not isinstance(value, type):
@@ -28,12 +28,12 @@ class Params:
         return params
 
     def set_params(self, **params: Any) -> Self:
-        """Changes arguments of the constructor, `outer__inner` those of an argument; ShapeError for a name that is none."""
+        """Changes arguments of the constructor, `outer__inner` those of an argument; ShapeError for an unknown name."""
         for name, value in params.items():
             outer, _, inner = name.partition("__")
-            if outer not in self._names():
+            if outer not in self._argument_names():
                 raise _core.ShapeError(
-                    f"{outer}: {type(self).__name__} has no such parameter; it has {', '.join(self._names())}"
+                    f"{outer}: {type(self).__name__} has no such parameter; it has {', '.join(self._argument_names())}"
                 )
             if inner:
                 getattr(self, outer).set_params(**{inner: value})

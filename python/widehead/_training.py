@@ -21,7 +21,7 @@ Transform = Callable[[Any, int], Any]
 
 
 def rate_at(schedule: str, warmup: float, step: int, total: int) -> float:
-    """The factor of the learning rate at step 0 <= step < total: up over the share `warmup` of the steps, then down to 0."""
+    """The factor of the learning rate at 0 <= step < total: up over the share `warmup` of the steps, then down to 0."""
     rise = warmup * total
     if step < rise:
         return (step + 1) / (rise + 1)
@@ -43,7 +43,13 @@ class Targets:
         self.rows, self.n_classes = rows, n_classes
         if isinstance(rows, Labels):
             values = np.ones(len(rows.indices), np.float32) if rows.values is None else rows.values
-            self._matrix = sp.csr_array((values, rows.indices, rows.indptr), shape=(len(rows), n_classes))
+            self._matrix = sp.csr_array((values, rows.indices, rows.indptr), shape=(len(rows), n_classes), copy=True)
+            self._matrix.sort_indices()
+            row = np.repeat(np.arange(len(rows)), np.diff(rows.indptr))
+            again = np.flatnonzero((np.diff(self._matrix.indices) == 0) & (np.diff(row) == 0))
+            if len(again):
+                at = again[0]
+                raise _core.LabelError(f"Y: class {self._matrix.indices[at]} is there twice in row {row[at]}")
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -67,8 +73,8 @@ class Targets:
 
     def checksum(self) -> int:
         if not isinstance(self.rows, Labels):
-            return zlib.crc32(np.ascontiguousarray(self.rows))
-        return zlib.crc32(np.ascontiguousarray(self.rows.indices), zlib.crc32(np.ascontiguousarray(self.rows.indptr)))
+            return zlib.crc32(_bytes(self.rows))
+        return zlib.crc32(_bytes(self.rows.indices), zlib.crc32(_bytes(self.rows.indptr)))
 
 
 def encode(
@@ -90,14 +96,16 @@ def encode(
     if isinstance(Y, np.ndarray) and Y.ndim == 2:
         return encode(sp.csr_array(Y), n_classes, known, strict)
     Y = list(Y) if not isinstance(Y, np.ndarray) else Y
-    if len(Y) and isinstance(Y[0], (list, tuple, set, frozenset, np.ndarray)):
+    if isinstance(Y, list) and len(Y) and isinstance(Y[0], (list, tuple, set, frozenset, np.ndarray)):
         rows = [sorted(row) for row in Y]
         count = n_classes or 1 + max((max(row) for row in rows if row), default=0)
         labels = Labels.from_lists(rows, count)
         return Targets(labels, count), None
     names = np.asarray(Y)
     if names.ndim != 1:
-        raise _core.ShapeError(f"Y: expected one class an example [n], or rows of classes, got shape {list(names.shape)}")
+        raise _core.ShapeError(
+            f"Y: expected one class an example [n], or rows of classes, got shape {list(names.shape)}"
+        )
     if n_classes is not None:
         if names.dtype.kind not in "iu":
             raise _core.DtypeError(f"Y: expected integer classes below n_classes, got {names.dtype}")
@@ -114,7 +122,9 @@ def encode(
     strange = np.flatnonzero(known[ids] != names)
     ids[strange] = -1
     if len(strange) and strict:
-        raise _core.LabelError(f"Y: class {names[strange[0]]!r} at position {strange[0]} was not among the first classes")
+        raise _core.LabelError(
+            f"Y: class {names[strange[0]]!r} at position {strange[0]} was not among the first classes"
+        )
     return Targets(ids.astype(np.int64), len(known)), known
 
 
@@ -170,7 +180,7 @@ class Examples:
         parts = (self.X.indices, self.X.data) if sp.issparse(self.X) else getattr(self.X, "arrays", ())
         value = 0
         for part in parts:
-            value = zlib.crc32(np.ascontiguousarray(part), value)
+            value = zlib.crc32(_bytes(part), value)
         return value
 
 
@@ -179,7 +189,9 @@ def as_csr(X: Any) -> sp.csr_array:
     if not sp.issparse(X):
         X = np.asarray(X)
         if X.dtype.kind not in "fiub":
-            raise _core.DtypeError(f"X: expected numbers [n, n_features], got {X.dtype}; for text give features=NGramHasher()")
+            raise _core.DtypeError(
+                f"X: expected numbers [n, n_features], got {X.dtype}; for text give features=NGramHasher()"
+            )
         if X.ndim != 2:
             raise _core.ShapeError(f"X: expected two dimensions [n, n_features], got {list(X.shape)}")
     csr = sp.csr_array(X)
@@ -189,15 +201,32 @@ def as_csr(X: Any) -> sp.csr_array:
     return csr
 
 
+def _bytes(array: NDArray[Any]) -> memoryview:
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+
+
 @contextmanager
 def progress(show: bool, total: int, done: int) -> Iterator[Callable[[str], None]]:
     """A progress bar over steps; yields what advances it by one and sets its text."""
     if not show:
         yield lambda text: None
         return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns) as bar:
         task = bar.add_task("training", total=total, completed=done)
         yield lambda text: bar.update(task, advance=1, description=text)

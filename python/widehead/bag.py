@@ -1,4 +1,4 @@
-"""bag.py -- embedding bag: sparse examples to dense vectors, and the optimiser's step on the rows that a batch touches."""
+"""bag.py -- embedding bag: sparse examples to dense vectors, and the optimiser's step on the rows of a batch."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class EmbeddingBag:
 
     @property
     def weight(self) -> NDArray[Any]:
-        """``[n_features, dim]``, not a copy. A bfloat16 table's is uint16 (``widehead.numpy.from_bfloat16`` reads it)."""
+        """``[n_features, dim]``, not a copy; uint16 for bfloat16, which ``widehead.numpy.from_bfloat16`` reads."""
         return self._weight
 
     @weight.setter
@@ -113,8 +113,8 @@ class EmbeddingBag:
     ) -> None:
         """One step of the optimiser on the rows that ``X`` names, for the gradient ``grad`` of the loss to the output.
 
-        Each touched row gets its whole gradient and is written once; other rows keep weights and state (lazy optimisers).
-        The result has the same bits for any number of threads.
+        Each touched row gets its whole gradient and is written once; other rows keep weights and state (lazy
+        optimisers). The result has the same bits for any number of threads.
 
         Args:
             X: ``[B, n_features]`` sparse or dense, as for :meth:`forward`.
@@ -161,7 +161,9 @@ class EmbeddingBag:
 
     def _to_file(self, optimizer: bool) -> HeadFile:
         names = ("n_features", "dim", "normalise", "scale", "dtype", "seed")
-        file = HeadFile("EmbeddingBag", {n: getattr(self, n) for n in names}, {"weight": self.weight}, {"steps": self.steps})
+        file = HeadFile(
+            "EmbeddingBag", {n: getattr(self, n) for n in names}, {"weight": self.weight}, {"steps": self.steps}
+        )
         if optimizer:
             file.state["optimizer"] = {"name": self._optimizer.name, "step": self._optimizer.step}
             file.tensors |= {f"optimizer.{name}": array for name, array in self._optimizer.arrays.items()}
@@ -206,5 +208,7 @@ class EmbeddingBag:
             raise _core.DtypeError(f"X: expected real numbers, got {X.dtype}")
         csr = X if sp.issparse(X) and X.format == "csr" else sp.csr_array(X)
         if csr.ndim != 2 or csr.shape[1] != self.n_features:
-            raise _core.ShapeError(f"X: expected shape [batch, n_features] = [*, {self.n_features}], got {list(csr.shape)}")
+            raise _core.ShapeError(
+                f"X: expected shape [batch, n_features] = [*, {self.n_features}], got {list(csr.shape)}"
+            )
         return csr

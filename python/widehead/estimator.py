@@ -38,9 +38,9 @@ _SERVE = 1024  # examples at a time in predictions
 class Classifier(ClassifierMixin, BaseEstimator):
     """Classifier over sparse features for very many classes, by the conventions of scikit-learn.
 
-    ``X`` -> embedding bag -> unit length x ``scale`` (``normalise``) -> head. Both layers are trained together by a fused
-    optimiser, on batches in an order drawn anew for every epoch. The same data, parameters and seed give the same model,
-    bit for bit, on any number of threads.
+    ``X`` -> embedding bag -> unit length x ``scale`` (``normalise``) -> head. Both layers are trained together by a
+    fused optimiser, on batches in an order drawn anew for every epoch. The same data, parameters and seed give the same
+    model, bit for bit, on any number of threads.
 
     Args:
         head: kind of output layer: ``"dense"``.
@@ -55,14 +55,15 @@ class Classifier(ClassifierMixin, BaseEstimator):
         weight_decay: of both layers.
         normalise, scale: hidden vectors have length ``scale``.
         dtype: of both layers' weights: ``"float32"`` or ``"bfloat16"``.
-        n_classes: number of classes, for integer ``Y``; by default the classes are the distinct values of ``Y``, sorted.
+        n_classes: number of classes, for integer ``Y``; by default the classes are the distinct values of ``Y``.
         features: what makes features of ``X``: an ``NGramHasher`` for a list of strings, or any fitted transformer.
-        transform: ``transform(X, epoch)`` gives the examples of an epoch, as many and in the same order: say, with typing
-            errors. ``X`` is then what ``features.prepare`` made of the strings, or the matrix.
+        transform: ``transform(X, epoch)`` gives the examples of an epoch, as many and in the same order: say, with
+            typing errors. ``X`` is then what ``features.prepare`` made of the strings, or the matrix.
         head_options: more arguments of the head, by name.
         seed: of weights, order, negatives, rounding.
         checkpoint: a file into which all state goes every ``checkpoint_every`` seconds and at the end.
-        resume: go on from ``checkpoint`` if it is there: the model is then the same, bit for bit, as without the interruption.
+        resume: go on from ``checkpoint`` if it is there: the model is then the same, bit for bit, as without the
+            interruption.
         callback: ``callback(classifier, epoch, loss)`` after every epoch.
         verbose: show a progress bar.
 
@@ -157,7 +158,9 @@ class Classifier(ClassifierMixin, BaseEstimator):
                     at = (step - epoch * per_epoch) * self.batch_size
                     rows = order[at : at + self.batch_size]
                     rate = self.lr * rate_at(self.schedule, self.warmup, step, total)
-                    loss = self._step(source.rows(rows), targets.take(rows), rate, None if weight is None else weight[rows])
+                    loss = self._step(
+                        source.rows(rows), targets.take(rows), rate, None if weight is None else weight[rows]
+                    )
                     keeper.add(loss, len(rows))
                     advance(f"epoch {epoch + 1}/{self.epochs} loss {keeper.mean:.4f}")
                     if (step + 1) % per_epoch:
@@ -174,8 +177,8 @@ class Classifier(ClassifierMixin, BaseEstimator):
 
         Args:
             X, Y, sample_weight: as for :meth:`fit`.
-            classes: all values that ``Y`` will ever have; needed in the first call unless ``n_classes`` is given or ``Y``
-                is a matrix.
+            classes: all values that ``Y`` will ever have; needed in the first call unless ``n_classes`` is given or
+                ``Y`` is a matrix.
         """
         self._check()
         first = not hasattr(self, "head_")
@@ -227,7 +230,9 @@ class Classifier(ClassifierMixin, BaseEstimator):
     def predict_proba(self, X: Any) -> NDArray[Any]:
         """Probabilities of all classes, ``[n, n_classes]``; not for ``squared_hinge``. As big as the logits."""
         self._fitted()
-        return np.exp(np.concatenate([self.head_.log_prob(h) for h in self._hidden(X)] or [np.zeros((0, self.n_classes_))]))
+        return np.exp(
+            np.concatenate([self.head_.log_prob(h) for h in self._hidden(X)] or [np.zeros((0, self.n_classes_))])
+        )
 
     def score(self, X: Any, Y: Any, sample_weight: Any | None = None) -> float:
         """Share of the examples whose best class is (one of) theirs: accuracy, or precision at 1."""
@@ -305,7 +310,12 @@ class Classifier(ClassifierMixin, BaseEstimator):
         shared: dict[str, Any] = {"dtype": self.dtype, "seed": self.seed}
         # The bag has random numbers of its own: with the head's, its first rows would be the head's first rows.
         self.bag_ = EmbeddingBag(
-            self.n_features_in_, self.dim, normalise=self.normalise, scale=self.scale, dtype=self.dtype, seed=self.seed + 1
+            self.n_features_in_,
+            self.dim,
+            normalise=self.normalise,
+            scale=self.scale,
+            dtype=self.dtype,
+            seed=self.seed + 1,
         )
         self.head_ = _HEADS[self.head](self.dim, self.n_classes_, loss=self.loss, **shared, **options)
 

@@ -1,7 +1,8 @@
-"""text.py -- hashed character n-grams of strings and typing errors: what stands in front of a head for people with text."""
+"""text.py -- hashed character n-grams and typing errors: what stands in front of a head for people with text."""
 
 from __future__ import annotations
 
+import itertools
 import threading
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -80,7 +81,7 @@ class PackedStrings(Sequence[str]):
 
     def __iter__(self) -> Iterator[str]:
         text, offsets = _string(self.text), self.offsets.tolist()
-        return (text[a:b] for a, b in zip(offsets, offsets[1:], strict=False))
+        return (text[a:b] for a, b in itertools.pairwise(offsets))
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, PackedStrings):
@@ -109,8 +110,8 @@ class NGramHasher(Params):
 
     Args:
         n_features: number of columns, 1 to 2**31 - 1.
-        ngram_range: shortest and longest n-gram in characters, ``1 <= shortest <= longest <= 64``. A padded word shorter
-            than the shortest counts once as a whole.
+        ngram_range: shortest and longest n-gram in characters, ``1 <= shortest <= longest <= 64``. A padded word
+            shorter than the shortest counts once as a whole.
         words: keep n-grams inside words; else they run across words, and any white space counts as one blank.
         whole_words: one more feature for every word.
         romanise: ``"anyascii"`` (needs that package), a callable ``str -> str``, or None. Romanised n-grams are added
@@ -121,8 +122,8 @@ class NGramHasher(Params):
         fold: NFKC and case fold first; switch off for strings that are folded already.
 
     Shape:
-        ``transform(strings)``: ``[n, n_features]`` ``scipy.sparse.csr_array``, float32, indices sorted and distinct. An empty
-        string is an empty row.
+        ``transform(strings)``: ``[n, n_features]`` ``scipy.sparse.csr_array``, float32, indices sorted and distinct.
+        An empty string is an empty row.
     """
 
     def __init__(
@@ -217,22 +218,17 @@ class NGramHasher(Params):
         return _core.transliterate(text=packed.arrays, table=_anyascii.covering(packed.text))
 
 
-@overload
-def typos(strings: PackedStrings, rate: float, *, seed: int, step: int = 0, second: float = 0.2) -> PackedStrings: ...
-@overload
-def typos(strings: Iterable[str], rate: float, *, seed: int, step: int = 0, second: float = 0.2) -> list[str]: ...
-def typos(
-    strings: Iterable[str], rate: float = 0.1, *, seed: int, step: int = 0, second: float = 0.2
-) -> list[str] | PackedStrings:
-    """Strings with typing errors, to train on.
+def typos(strings: Iterable[str], rate: float = 0.1, *, seed: int, step: int = 0, second: float = 0.2) -> Sequence[str]:
+    """Strings with typing errors, to train on: a list, or packed strings for packed strings.
 
     A character is dropped, doubled or inserted, replaced, or swapped with the next. New letters come from the
     neighbourhood in the string or, for a-z and the Cyrillic alphabet, from that alphabet. No string becomes empty.
 
     Args:
-        strings: list of ``str``, or packed strings, which come back packed.
+        strings: list of ``str``, or packed strings.
         rate: probability that a string is edited, 0 to 1.
-        seed, step: a string's errors are a pure function of its text, its position, ``seed`` and ``step`` (say, the epoch).
+        seed, step: a string's errors are a pure function of its text, its position, ``seed`` and ``step`` (say, the
+            epoch).
         second: probability that an edited string is edited once more.
 
     Raises:

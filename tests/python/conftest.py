@@ -6,6 +6,7 @@ import importlib.util
 from collections.abc import Iterator
 
 import pytest
+
 from widehead import _core
 
 THREADS = (1, 2, 4)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+
 from reference import Dense, Targets
 from widehead import _core
 from widehead.numpy import from_bfloat16, to_bfloat16
@@ -70,12 +71,13 @@ class Case:
             hidden = exact(to_bfloat16(hidden.astype(np.float32)))
         options = {key: value for key, value in self.options.items() if key != "ignore_index"}
         bias = None if self.bias is None else exact(self.bias)
-        return Dense(
-            hidden, exact(self.weight), bias, self.targets(), offset=self.offset, dtype=self.dtype, **options
-        )
+        return Dense(hidden, exact(self.weight), bias, self.targets(), offset=self.offset, dtype=self.dtype, **options)
 
     def forward(self, want: tuple[str, ...] = ("losses", "output", "lse")) -> dict[str, np.ndarray]:
-        out = {name: np.full(len(self.hidden), 7.0, self.real) if name in want else None for name in ("losses", "output", "lse")}
+        out = {
+            name: np.full(len(self.hidden), 7.0, self.real) if name in want else None
+            for name in ("losses", "output", "lse")
+        }
         _core.dense_forward(**self.arguments(), **out)
         return {name: array for name, array in out.items() if array is not None}
 
@@ -145,7 +147,11 @@ def make(
     hidden = stored(rng.normal(size=(batch, features)), hidden_dtype or dtype)
     weight = stored(rng.normal(size=(classes, features)) * scale / np.sqrt(features), dtype)
     kept = stored(rng.normal(size=classes), "float64" if dtype == "float64" else "float32") if bias else None
-    target = multi_labels(rng, batch, classes, bool(seed % 2)) if multi else single_labels(rng, batch, classes, options.get("ignore_index", -100))
+    target = (
+        multi_labels(rng, batch, classes, bool(seed % 2))
+        if multi
+        else single_labels(rng, batch, classes, options.get("ignore_index", -100))
+    )
     if class_weight:
         options["class_weight"] = rng.uniform(0.1, 2.0, classes).astype(np.float32)
     shift = None

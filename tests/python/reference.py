@@ -1,8 +1,8 @@
 """tests/python/reference.py -- the dense head in plain float64 NumPy, written to be obviously right, with error bounds.
 
-Every quantity comes with a bound on the error that a float32 (float64, bfloat16) computation of it may make: unit roundoff times
-the sum of the absolute terms times a factor K(n) = 3 sqrt(n) + 8 for n terms (rounding errors of a sum add up like a random walk;
-K leaves more than five standard deviations), carried through the formulas to first order.
+Every quantity comes with a bound on the error that a float32 (float64, bfloat16) computation of it may make: unit
+roundoff times the sum of the absolute terms times a factor K(n) = 3 sqrt(n) + 8 for n terms (rounding errors of a sum
+add up like a random walk; K leaves more than five standard deviations), carried through the formulas to first order.
 """
 
 from __future__ import annotations
@@ -194,7 +194,9 @@ class Gradients:
         self.bias_error = error.sum(0) + u * K(batch) * size.sum(0) + TINY
 
 
-def reduction_scale(targets: Targets, class_weight: np.ndarray | None, sample_weight: np.ndarray | None = None) -> np.ndarray:
+def reduction_scale(
+    targets: Targets, class_weight: np.ndarray | None, sample_weight: np.ndarray | None = None
+) -> np.ndarray:
     """Factors of the losses in their mean, as torch.nn.functional.cross_entropy takes it."""
     s = targets.active.astype(np.float64)
     if sample_weight is not None:
@@ -205,7 +207,8 @@ def reduction_scale(targets: Targets, class_weight: np.ndarray | None, sample_we
 
 
 def update(
-    name: str, w: np.ndarray, g: np.ndarray, state: dict[str, np.ndarray], *, lr: float, step: int, momentum: float = 0.9,
+    name: str, w: np.ndarray, g: np.ndarray, state: dict[str, np.ndarray], *, lr: float, step: int, momentum: float =
+        0.9,
     betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.0,
 ) -> np.ndarray:  # fmt: skip
     """One float64 step of torch.optim's SGD, SGD with momentum or AdamW, or of Adagrad with one accumulator a row."""
@@ -279,4 +282,5 @@ def within(got: np.ndarray, want: np.ndarray, bound: np.ndarray, what: str) -> N
     miss = np.abs(got - want) - bound
     if not (miss <= 0).all():
         at = np.unravel_index(np.nanargmax(np.where(np.isnan(miss), np.inf, miss)), want.shape)
-        raise AssertionError(f"{what}{list(at)}: got {got[at]!r}, expected {want[at]!r} within {np.broadcast_to(bound, want.shape)[at]:.3g}")
+        near = np.broadcast_to(bound, want.shape)[at]
+        raise AssertionError(f"{what}{list(at)}: got {got[at]!r}, expected {want[at]!r} within {near:.3g}")

@@ -42,7 +42,11 @@ def output(X, W, normalise, scale):
 def bound(X, W, dtype):
     """Error of a float32 sum of k products: k ulps of the sum of the terms' sizes, and some for the norm."""
     terms = np.abs(dense(X)) @ np.abs(W)
-    return (np.diff(X.indptr).max() + 8) * (2.0**-52 if dtype == "float64" else 2.0**-23) * terms.max(axis=1, keepdims=True)
+    return (
+        (np.diff(X.indptr).max() + 8)
+        * (2.0**-52 if dtype == "float64" else 2.0**-23)
+        * terms.max(axis=1, keepdims=True)
+    )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
@@ -90,7 +94,14 @@ class Reference:
     """The optimisers of update.h in float64, on the rows that a batch touches."""
 
     def __init__(self, W, optimizer, lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0):
-        self.W, self.optimizer, self.lr, self.betas, self.eps, self.decay = W.copy(), optimizer, lr, betas, eps, weight_decay
+        self.W, self.optimizer, self.lr, self.betas, self.eps, self.decay = (
+            W.copy(),
+            optimizer,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+        )
         self.m, self.v, self.steps = np.zeros_like(W), np.zeros_like(W), 0
 
     def gradient(self, X, grad, normalise, scale):
@@ -99,7 +110,9 @@ class Reference:
             s = dense(X) @ self.W
             norm = np.linalg.norm(s, axis=1, keepdims=True)
             u = np.divide(s, norm, out=np.zeros_like(s), where=norm > 0)
-            grad = np.divide(scale * (grad - u * (u * grad).sum(1, keepdims=True)), norm, out=np.zeros_like(s), where=norm > 0)
+            grad = np.divide(
+                scale * (grad - u * (u * grad).sum(1, keepdims=True)), norm, out=np.zeros_like(s), where=norm > 0
+            )
         return dense(X).T @ grad
 
     def step(self, X, grad, normalise=False, scale=1.0):
@@ -121,12 +134,10 @@ class Reference:
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adagrad", "adam"])
-@pytest.mark.parametrize("normalise", [False, True])
-@pytest.mark.parametrize("dim", [1, 5, 24])
+# A unit vector of one dimension has no gradient: normalisation begins at two.
+@pytest.mark.parametrize("normalise, dim", [(False, 1), (False, 5), (False, 24), (True, 2), (True, 5), (True, 24)])
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 def test_steps_follow_the_reference_in_float64(isa, optimizer, normalise, dim, decay):
-    if normalise and dim == 1:
-        pytest.skip("a unit vector of one dimension has no gradient")
     scale = 3.0 if normalise else 1.0
     bag = EmbeddingBag(V, dim, normalise=normalise, scale=scale, dtype="float64", seed=1)
     reference = Reference(bag.weight, optimizer, 0.1, betas=(0.8, 0.95), eps=1e-6, weight_decay=decay)
@@ -165,7 +176,9 @@ def test_numeric_derivative_of_normalisation():
     for h in (1e-6, -1e-6):
         bag.weight = before + h * direction
         values.append((bag.forward(X) * probe).sum())
-    assert abs((values[0] - values[1]) / 2e-6 - (gradient * direction).sum()) < 1e-6 * np.abs(gradient * direction).sum()
+    assert (
+        abs((values[0] - values[1]) / 2e-6 - (gradient * direction).sum()) < 1e-6 * np.abs(gradient * direction).sum()
+    )
 
 
 def test_untouched_rows_keep_every_bit():
@@ -186,7 +199,9 @@ def test_same_bits_for_any_number_of_threads(isa, dtype, optimizer):
     n, rows = 5000, 600
     indices = rng.integers(0, n, (rows, 100))
     indices[:, :5] = np.arange(5)
-    X = sp.csr_array((rng.random(rows * 100, dtype=np.float32), indices.ravel(), np.arange(rows + 1) * 100), shape=(rows, n))
+    X = sp.csr_array(
+        (rng.random(rows * 100, dtype=np.float32), indices.ravel(), np.arange(rows + 1) * 100), shape=(rows, n)
+    )
     grad = rng.standard_normal((rows, 18)).astype(np.float32)
     results = []
     for threads in (1, 2, 4):

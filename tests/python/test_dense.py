@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from dense_cases import LOSSES, SHAPES, Case, exact, make, some_shapes, weights_of_examples
 from reference import UNIT, Dense, within
 from widehead import _core
@@ -22,7 +23,9 @@ def check_forward(case: Case, ref: Dense) -> None:
 
 
 def check_gradients(case: Case, ref: Dense, scale: np.ndarray, **more: Any) -> None:
-    incoming = {name.removeprefix("grad_"): value for name, value in more.items() if name in ("grad_output", "grad_lse")}
+    incoming = {
+        name.removeprefix("grad_"): value for name, value in more.items() if name in ("grad_output", "grad_lse")
+    }
     want = ref.gradients(scale, incoming.get("output"), incoming.get("lse"))
     got = case.backward(scale, **more)
     rounding = UNIT["bfloat16" if case.hidden.dtype == np.uint16 else case.hidden.dtype.name]
@@ -43,13 +46,15 @@ def check(case: Case, **more: Any) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_shape(isa: str, dtype: str) -> None:
     for i, shape in enumerate(SHAPES):
-        check(make(shape, seed=i, dtype=dtype, bias=i % 3 > 0, pad=(0, 3, 0, 16)[i % 4], lse_penalty=(0.0, 0.01)[i % 2]))
+        check(
+            make(shape, seed=i, dtype=dtype, bias=i % 3 > 0, pad=(0, 3, 0, 16)[i % 4], lse_penalty=(0.0, 0.01)[i % 2])
+        )
 
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_every_loss_and_option(isa: str, name: str) -> None:
     for i, shape in enumerate(some_shapes(12, seed=3)):
-        for dtype in DTYPES:
+        for dtype in DTYPES if shape == SHAPES[-1] else [DTYPES[i % 3]]:
             check(make(shape, seed=i, dtype=dtype, bias=i % 4 > 0, scale=3.0, **LOSSES[name]))
 
 
@@ -176,7 +181,11 @@ def test_topk_equals_sorting_the_logits(isa: str) -> None:
         for dtype in DTYPES:
             case = make(shape, dtype=dtype, bias=False)
             hidden, weight = rng.integers(-2, 3, (batch, d)), rng.integers(-2, 3, (n, d))
-            keep = (lambda x: (x.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)) if dtype == "bfloat16" else None
+            keep = (
+                (lambda x: (x.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16))
+                if dtype == "bfloat16"
+                else None
+            )
             case.hidden, case.weight = (keep(x) if keep else x.astype(dtype) for x in (hidden, weight))
             z = (hidden @ weight.T).astype(float)
             exclude = None

@@ -57,7 +57,9 @@ def grams(text: str, shortest: int, longest: int, words: bool) -> list[str]:
     return out
 
 
-def reference(strings, n_features, shortest, longest, words=True, whole=False, roman=None, separate=False, binary=False):
+def reference(
+    strings, n_features, shortest, longest, words=True, whole=False, roman=None, separate=False, binary=False
+):
     rows = np.zeros((len(strings), n_features))
     for i, s in enumerate(strings):
         count = Counter(feature(g, n_features, 0) for g in grams(s, shortest, longest, words))

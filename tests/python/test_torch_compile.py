@@ -8,10 +8,11 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from test_torch_dense import B, D, assert_near, d, make_batch, make_head, make_labels  # noqa: E402
-from test_torch_optim import Net, snapshot, unchanged  # noqa: E402
 from torch import Tensor  # noqa: E402
 from torch.library import opcheck  # noqa: E402
+
+from test_torch_dense import B, D, assert_near, d, make_batch, make_head, make_labels  # noqa: E402
+from test_torch_optim import Net, snapshot, unchanged  # noqa: E402
 from widehead import Error  # noqa: E402
 from widehead.torch import DenseHead, FusedAdam, FusedSGD, _sampled, ops  # noqa: E402
 

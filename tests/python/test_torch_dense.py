@@ -11,6 +11,7 @@ torch = pytest.importorskip("torch")
 
 import torch.nn.functional as F  # noqa: E402
 from torch import Tensor  # noqa: E402
+
 from widehead import BackendError, DtypeError, LabelError, Labels, NonFiniteError, ShapeError  # noqa: E402
 from widehead.sampling import Proposal, sample_classes  # noqa: E402
 from widehead.torch import DenseHead  # noqa: E402
@@ -319,7 +320,9 @@ def test_topk_excludes(device: str) -> None:
     indptr = torch.arange(0, 2 * B + 1, 2, device=device)
     seen = Labels(indptr, best[:, :2].reshape(-1).contiguous(), None, D)
     assert torch.equal(head.topk(hidden, 1, exclude=seen).classes, best[:, 2:])
-    csr = torch.sparse_csr_tensor(indptr, best[:, :2].sort().values.reshape(-1), torch.ones(2 * B, device=device), (B, D))
+    csr = torch.sparse_csr_tensor(
+        indptr, best[:, :2].sort().values.reshape(-1), torch.ones(2 * B, device=device), (B, D)
+    )
     assert torch.equal(head.topk(hidden, 1, exclude=csr).classes, best[:, 2:])
     rest = head.topk(hidden, D, exclude=seen)
     assert bool((rest.classes[:, -2:] == -1).all()) and bool(torch.isneginf(rest.scores[:, -2:]).all())
@@ -487,9 +490,9 @@ def test_refuses_bad_values_and_sizes() -> None:
         with pytest.raises(LabelError, match=str(bad)):
             head.scores(hidden, torch.full((B, 1), bad))
     hinge = make_head("cpu", loss="squared_hinge")
-    with pytest.raises(ShapeError, match="log_prob.*squared_hinge"):
+    with pytest.raises(ShapeError, match=r"log_prob.*squared_hinge"):
         hinge.log_prob(hidden)
-    with pytest.raises(ShapeError, match="return_lse.*squared_hinge"):
+    with pytest.raises(ShapeError, match=r"return_lse.*squared_hinge"):
         hinge(hidden, target, return_lse=True)
 
 

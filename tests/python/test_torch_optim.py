@@ -10,8 +10,9 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from test_torch_dense import D, assert_near, d, make_batch, make_head, make_labels  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
+
+from test_torch_dense import D, assert_near, d, make_batch, make_head, make_labels  # noqa: E402
 from widehead import Error, NonFiniteError, ShapeError  # noqa: E402
 from widehead.torch import DenseHead, FusedAdam, FusedOptimizer, FusedSGD  # noqa: E402
 
@@ -417,8 +418,8 @@ def test_grad_scaler(options: dict[str, Any], half: bool, device: str) -> None:
         net.__class__ = reference.__class__ = Half
     scaler = torch.amp.GradScaler(device, init_scale=1024.0)
     body, plain_body = (torch.optim.SGD(n.body.parameters(), lr=0.1) for n in (net, reference))
-    head = FusedAdam(net.head, lr=0.05, grad_scaler=scaler)
-    plain_head = FusedAdam(reference.head, lr=0.05)
+    head = FusedSGD(net.head, lr=0.2, momentum=0.9, weight_decay=0.01, grad_scaler=scaler)
+    plain_head = FusedSGD(reference.head, lr=0.2, momentum=0.9, weight_decay=0.01)
     x, target = make_batch(device, torch.float32)
     for step in range(3):
         torch.manual_seed(step)

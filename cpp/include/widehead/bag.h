@@ -27,8 +27,8 @@ struct BagForward {
   ConstAnyMatrix table;  // [V, d] float32 | bfloat16 | float64, V < 2^31
   bool normalise = false;
   double scale = 1.0;
-  AnyMatrix out;    // [B, d] float32 (float64 with a float64 table)
-  AnyVector norms;  // [B] |s_b|, as out; BagStep wants it when `normalise`
+  AnyMatrix out;         // [B, d] float32 (float64 with a float64 table)
+  AnyVector norms = {};  // [B] |s_b|, as out; BagStep wants it when `normalise`
 };
 // Throws ShapeError, DtypeError; LabelError for an index out of range.
 void bag_forward(const BagForward& args);
@@ -40,9 +40,9 @@ struct BagStep {
   AnyMatrix table;  // [V, d]
   bool normalise = false;
   double scale = 1.0;
-  ConstAnyMatrix out;    // [B, d] from bag_forward with the same table; when `normalise`
-  ConstAnyVector norms;  // [B] likewise
-  ConstAnyMatrix grad;   // [B, d] dL/dout, dtype as out
+  ConstAnyMatrix out = {};    // [B, d] from bag_forward with the same table; when `normalise`
+  ConstAnyVector norms = {};  // [B] likewise
+  ConstAnyMatrix grad;        // [B, d] dL/dout, dtype as out
   const Update* update = nullptr;
 };
 // Throws as bag_forward, and NonFiniteError for a gradient or a value that is NaN or infinite; always before any change.

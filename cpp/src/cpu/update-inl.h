@@ -9,7 +9,7 @@ namespace widehead::cpu::WIDEHEAD_ISA_NAME {
 // Numbers of the step that do not depend on the element.
 template <class Real>
 struct UpdateScalars {
-  Real lr, momentum, decay, beta1, beta2, keep, step_size, inverse_bias2, eps;
+  Real lr, momentum, decay, beta1, beta2, rest1, rest2, keep, step_size, inverse_bias2, eps;
 
   explicit UpdateScalars(const Update& u)
       : lr(static_cast<Real>(u.lr)),
@@ -17,6 +17,9 @@ struct UpdateScalars {
         decay(static_cast<Real>(u.weight_decay)),
         beta1(static_cast<Real>(u.beta1)),
         beta2(static_cast<Real>(u.beta2)),
+        // 1 - 0.999 in float32 is off by 1e-5, which the bias correction, exact, would not undo.
+        rest1(static_cast<Real>(1.0 - u.beta1)),
+        rest2(static_cast<Real>(1.0 - u.beta2)),
         keep(static_cast<Real>(1.0 - u.lr * u.weight_decay)),
         step_size(static_cast<Real>(u.lr * bias_correction(u, u.beta1))),
         inverse_bias2(static_cast<Real>(bias_correction(u, u.beta2))),
@@ -49,8 +52,8 @@ WIDEHEAD_INLINE Real stepped(const UpdateScalars<Real>& s, Optimizer kind, Real 
     return w - s.lr * g;
   }
   if (kind == Optimizer::adam) {
-    *m = s.beta1 * *m + (Real{1} - s.beta1) * g;
-    *v = s.beta2 * *v + (Real{1} - s.beta2) * g * g;
+    *m = s.beta1 * *m + s.rest1 * g;
+    *v = s.beta2 * *v + s.rest2 * g * g;
     const Real root = sizeof(Real) == 4 ? static_cast<Real>(__builtin_sqrtf(static_cast<float>(*v * s.inverse_bias2)))
                                         : static_cast<Real>(__builtin_sqrt(static_cast<double>(*v * s.inverse_bias2)));
     return w * s.keep - s.step_size * *m / (root + s.eps);

@@ -273,7 +273,7 @@ class Head(nn.Module):
 
     def _reduce(self, losses: Tensor, target: Target, sample_weight: Tensor | None, batch: torch.Size) -> Tensor:
         """none, sum, or the mean by weight over the examples that have a target; 0 when none has."""
-        single = target.indptr is None
+        weights = None
         if sample_weight is not None:
             if sample_weight.shape != batch or not sample_weight.is_floating_point():
                 raise ShapeError(
@@ -286,15 +286,16 @@ class Head(nn.Module):
             return losses.reshape(batch)
         if self.reduction == "sum":
             return losses.sum()
-        if sample_weight is None:
-            weights = torch.ones_like(losses)
-        if single:
+        if target.indptr is None:
             valid = target.indices != self.ignore_index
-            weights = weights * valid
+            weights = valid if weights is None else weights * valid
             if self.class_weight is not None and "softmax" in self.loss:
-                weights = weights * self.class_weight[torch.where(valid, target.indices, 0)]
+                picked = self.class_weight[torch.where(valid, target.indices, 0)]
+                weights = weights * picked.to(losses.dtype)
+        if weights is None:
+            return losses.sum() / max(batch.numel(), 1)
         total = weights.sum()
-        return losses.sum() / torch.where(total == 0, 1.0, total)
+        return losses.sum() / torch.where(total == 0, 1, total)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Head:
         super()._apply(fn, recurse)

@@ -1,0 +1,143 @@
+"""report.py -- tables and figures of bench/results, written into README.md between their marks.
+
+python bench/report.py           prints the tables, draws docs/places.svg
+python bench/report.py --readme  also puts them into README.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from common import RESULTS
+
+ROOT = RESULTS.parent.parent
+
+
+def read(name: str) -> dict[str, Any] | None:
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def conditions(machine: dict[str, Any]) -> str:
+    versions = ", ".join(f"{k} {machine[k]}" for k in ("torch", "numpy", "widehead") if k in machine)
+    return f"{machine['processor']}, {machine['cores']} cores, {machine['isa']}; {versions}; commit {machine['commit']}, {machine['date']}"
+
+
+def dense_tables(result: dict[str, Any]) -> str:
+    rows = []
+    for case in result["cases"]:
+        if case["threads"] != 1 or case["dtype"] != "float32":
+            continue
+        times = {name: t["cpu_s"] for name, t in case["times"].items()}
+        chunked = times.get("torch linear_cross_entropy")
+        share = case["fused_gflops"] / case["gemm_gflops"] if case.get("gemm_gflops") else 0.0
+        rows.append(
+            [
+                f"{case['classes']:,} x {case['features']}, batch {case['batch']}",
+                f"{times['widehead fused'] * 1e3:,.0f}",
+                f"{times['widehead plain'] * 1e3:,.0f}",
+                f"{times['torch'] * 1e3:,.0f}",
+                f"{chunked * 1e3:,.0f}" if chunked else "",
+                f"**{case['over_torch']:.1f}x**",
+                f"{share:.0%}",
+            ]
+        )
+    speed = table(
+        ["one step, ms CPU, one thread", "fused", "plain + SGD", "torch", "torch `linear_cross_entropy`", "fused over torch", "of GEMM rate"],
+        rows,
+    )
+    memory = table(
+        ["memory of a step beyond the weights, MiB", "float32", "bfloat16"],
+        [
+            [name] + [f"{m['extra_mib']:,.0f}" for m in result["memory"] if m.get("method") == name]
+            for name in dict.fromkeys(m["method"] for m in result["memory"] if "method" in m)
+        ],
+    )
+    big = next((m for m in result["memory"] if "classes" in m), None)
+    size = f"({big['classes']:,} classes, d = {big['features']}, batch {big['batch']})" if big else ""
+    return (
+        "A training step, float32: loss, gradient to hidden, and an SGD step of the weights. The share of the GEMM rate counts the\n"
+        f"recomputed logits; the rate itself is `torch.mm`'s beside it.\n\n{speed}\n\n"
+        f"{memory}\n\n{size} Measured on {conditions(result['machine'])}. `python bench/dense.py` repeats it; the whole grid, with\n"
+        "bfloat16 and two threads, is in `bench/results/dense.json`."
+    )
+
+
+def places_table(result: dict[str, Any]) -> str:
+    rows = [[name, f"{p['P@1']:.1f}", f"{p['hit@5']:.1f}", p["cost"]] for name, p in result["peers"].items()]
+    for run in result["runs"]:
+        name = f"**widehead**, {run['epochs']} epoch{'s' * (run['epochs'] > 1)}"
+        rows.append([name, f"{run['P@1']:.1f}", f"{run['hit@5']:.1f}", f"{run['cpu_seconds']:.0f} CPU s"])
+    names = f"{result['held_out']:,} held-out names"
+    return (
+        f"{table(['place resolver: % of ' + names, 'P@1', 'hit@5', 'training'], rows)}\n\n"
+        "![Quality of the place resolver against the CPU time of its training](docs/places.svg)\n\n"
+        "The peers were measured earlier, on another two-core machine, on the same split: their qualities compare, their times only\n"
+        f"roughly. widehead on {conditions(result['machine'])}, features included in the time. `python bench/places.py` repeats it.\n"
+        "Namesakes bound P@1: 13 % of the names belong to several places."
+    )
+
+
+def places_figure(result: dict[str, Any], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "widehead"
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6.4, 3.6))
+    runs = result["runs"]
+    for measure, style in (("hit@5", "o-"), ("P@1", "s-")):
+        color = axes.plot([r["cpu_seconds"] for r in runs], [r[measure] for r in runs], style, label=f"widehead, {measure}")[0].get_color()
+        for name, peer in result["peers"].items():
+            if peer.get("cpu_seconds"):
+                axes.plot(peer["cpu_seconds"], peer[measure], style[0], color=color, fillstyle="none")
+                axes.annotate(name, (peer["cpu_seconds"], peer[measure]), fontsize=7, xytext=(0, 6), textcoords="offset points", ha="right")
+    axes.set_xlabel("CPU seconds of training, features included")
+    axes.set_ylabel("% of held-out names")
+    axes.set_xlim(left=0)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right", fontsize=8)
+    figure.tight_layout()
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path, metadata={"Date": None})
+
+
+def put(mark: str, text: str) -> None:
+    """Replaces what stands between <!-- mark --> and <!-- /mark --> in README.md."""
+    path = ROOT / "README.md"
+    old = path.read_text(encoding="utf-8")
+    block = f"<!-- {mark} -->\n{text}\n<!-- /{mark} -->"
+    new, n = re.subn(rf"<!-- {mark} -->.*?<!-- /{mark} -->", lambda _: block, old, flags=re.S)
+    if n != 1:
+        raise SystemExit(f"README.md: expected the marks of {mark} once, found them {n} times")
+    path.write_text(new, encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--readme", action="store_true")
+    args = parser.parse_args()
+    texts = {}
+    if dense := read("dense"):
+        texts["speed-table"] = dense_tables(dense)
+    if places := read("places"):
+        texts["demo-table"] = places_table(places)
+        places_figure(places, ROOT / "docs" / "places.svg")
+    for mark, text in texts.items():
+        print(text, end="\n\n")
+        if args.readme:
+            put(mark, text)
+
+
+if __name__ == "__main__":
+    main()
