@@ -1,4 +1,4 @@
-"""places.py -- the place resolver: quality on the held-out names against the CPU time of training, beside other methods.
+"""places.py -- the place resolver: quality on the held-out names against CPU time of training, beside other methods.
 
 python bench/places.py                  epochs 1, 2, 4 and 8
 python bench/places.py --epochs 1 2     others
@@ -12,6 +12,7 @@ import re
 
 import common
 import numpy as np
+
 from widehead.demo.evaluate import hits_of, quality
 from widehead.demo.options import Options
 from widehead.demo.places import from_package
@@ -30,7 +31,8 @@ def main() -> None:
     peers = {}
     for peer in PEERS:
         cpu = re.fullmatch(r"(\d+) CPU s", peer.cost)
-        peers[peer.name] = {"P@1": peer.p1, "hit@5": peer.hit5, "cost": peer.cost, "cpu_seconds": int(cpu[1]) if cpu else None}
+        seconds = int(cpu[1]) if cpu else None
+        peers[peer.name] = {"P@1": peer.p1, "hit@5": peer.hit5, "cost": peer.cost, "cpu_seconds": seconds}
     result = {"machine": common.machine(), "held_out": len(places.test), "peers": peers, "runs": []}
     for epochs in args.epochs:
         options = dataclasses.replace(Options(), epochs=epochs)
@@ -38,9 +40,11 @@ def main() -> None:
         resolver = Resolver(model, places)
         names = places.test.names
         parts = [resolver.topk(names[at : at + _BATCH], 10) for at in range(0, len(names), _BATCH)]
-        run = {**dataclasses.asdict(options), **dataclasses.asdict(cost), **quality(hits_of(np.concatenate(parts), places.test.labels))}
+        found = quality(hits_of(np.concatenate(parts), places.test.labels))
+        run = {**dataclasses.asdict(options), **dataclasses.asdict(cost), **found}
         result["runs"].append(run)
-        print(f"{epochs} epochs: P@1 {run['P@1']:.1f}, hit@5 {run['hit@5']:.1f}, {run['cpu_seconds']:.0f} CPU s", flush=True)
+        shown = f"P@1 {run['P@1']:.1f}, hit@5 {run['hit@5']:.1f}, {run['cpu_seconds']:.0f} CPU s"
+        print(f"{epochs} epochs: {shown}", flush=True)
     print("written:", common.write("places", result))
 
 
