@@ -20,6 +20,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 def machine(threads: int | None = None) -> dict[str, Any]:
     """Processor, instruction-set unit, versions and commit: what a figure means nothing without."""
     import numpy
+
     import widehead
     from widehead import _core
 
@@ -55,7 +56,9 @@ def _commit() -> str:
     return run.stdout.strip() or "unknown"
 
 
-def interleaved(methods: dict[str, Callable[[], object]], repeats: int, budget: float = 60.0) -> dict[str, dict[str, float]]:
+def interleaved(
+    methods: dict[str, Callable[[], object]], repeats: int, budget: float = 60.0
+) -> dict[str, dict[str, float]]:
     """Median CPU and wall seconds of each method. The methods take turns, so that a disturbance hits all of them.
 
     A first round warms up and is not counted, unless it shows that one more would pass `budget` seconds for a method.

@@ -22,6 +22,7 @@ from typing import Any
 import common
 import torch
 import torch.nn.functional as F
+
 from widehead.torch import DenseHead, FusedSGD
 
 PEERS = ("torch", "torch linear_cross_entropy")
@@ -91,12 +92,17 @@ def measure_case(D: int, d: int, B: int, dtype_name: str, threads: int, repeats:
     if hasattr(F, "linear_cross_entropy") and (D <= 100_000 or (B == 128 and d != 128)):
         names += ("torch linear_cross_entropy",)
     times = common.interleaved(methods(D, d, B, dtype, names), repeats)
-    fused = times["widehead fused"]["cpu_s"]
+    fused, clock = times["widehead fused"], "cpu_s" if threads == 1 else "wall_s"
     return {
-        "classes": D, "features": d, "batch": B, "dtype": dtype_name, "threads": threads, "times": times,
-        "fused_gflops": 8 * B * D * d / fused * 1e-9,
-        "over_torch": times["torch"]["cpu_s" if threads == 1 else "wall_s"] / times["widehead fused"]["cpu_s" if threads == 1 else "wall_s"],
-    }  # fmt: skip
+        "classes": D,
+        "features": d,
+        "batch": B,
+        "dtype": dtype_name,
+        "threads": threads,
+        "times": times,
+        "fused_gflops": 8 * B * D * d / fused["cpu_s"] * 1e-9,
+        "over_torch": times["torch"][clock] / fused[clock],
+    }
 
 
 def memory_case(name: str, D: int, d: int, B: int, dtype_name: str) -> dict[str, Any]:
@@ -111,8 +117,16 @@ def memory_case(name: str, D: int, d: int, B: int, dtype_name: str) -> dict[str,
     common.reset_peak()
     step()
     step()
-    return {"method": name, "classes": D, "features": d, "batch": B, "dtype": dtype_name, "weight_mib": D * d * dtype.itemsize / 2**20,
-            "extra_mib": common.peak_mib() - before}  # fmt: skip
+    extra = common.peak_mib() - before
+    return {
+        "method": name,
+        "classes": D,
+        "features": d,
+        "batch": B,
+        "dtype": dtype_name,
+        "weight_mib": D * d * dtype.itemsize / 2**20,
+        "extra_mib": extra,
+    }
 
 
 def main() -> None:
@@ -133,7 +147,8 @@ def main() -> None:
         "memory": [],
     }
     sizes = [10_000, 100_000] if args.quick else [10_000, 100_000, 1_000_000]
-    grid = list(itertools.product(sizes, [64] if args.quick else [64, 128, 512], [32, 128] if args.quick else [32, 128, 512]))
+    features, batches = ([64], [32, 128]) if args.quick else ([64, 128, 512], [32, 128, 512])
+    grid = list(itertools.product(sizes, features, batches))
     for (D, d, B), dtype, threads in itertools.product(grid, ("float32", "bfloat16"), (1, 2)):
         if threads == 2 and D == 1_000_000 and (B == 512 or dtype == "bfloat16"):
             continue
@@ -141,7 +156,8 @@ def main() -> None:
         case["gemm_gflops"] = gemm_rate(torch.float32) if threads == 1 else None
         result["cases"].append(case)
         shown = "  ".join(f"{n} {t['cpu_s'] * 1e3:.0f}" for n, t in case["times"].items())
-        print(f"D={D} d={d} B={B} {dtype} x{threads}: {shown} ms CPU; {case['over_torch']:.2f}x torch, {case['fused_gflops']:.0f} GFLOP/s", flush=True)
+        rate = f"{case['over_torch']:.2f}x torch, {case['fused_gflops']:.0f} GFLOP/s"
+        print(f"D={D} d={d} B={B} {dtype} x{threads}: {shown} ms CPU; {rate}", flush=True)
         common.write("dense_quick" if args.quick else "dense", result)
     big = (100_000, 64, 128) if args.quick else (1_000_000, 512, 128)
     for name, dtype in itertools.product(("widehead fused", "widehead plain", *PEERS[:1]), ("float32", "bfloat16")):

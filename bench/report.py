@@ -29,7 +29,8 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 def conditions(machine: dict[str, Any]) -> str:
     versions = ", ".join(f"{k} {machine[k]}" for k in ("torch", "numpy", "widehead") if k in machine)
-    return f"{machine['processor']}, {machine['cores']} cores, {machine['isa']}; {versions}; commit {machine['commit']}, {machine['date']}"
+    where = f"{machine['processor']}, {machine['cores']} cores, {machine['isa']}"
+    return f"{where}; {versions}; commit {machine['commit']}, {machine['date']}"
 
 
 def dense_tables(result: dict[str, Any]) -> str:
@@ -51,10 +52,8 @@ def dense_tables(result: dict[str, Any]) -> str:
                 f"{share:.0%}",
             ]
         )
-    speed = table(
-        ["one step, ms CPU, one thread", "fused", "plain + SGD", "torch", "torch `linear_cross_entropy`", "fused over torch", "of GEMM rate"],
-        rows,
-    )
+    peers = "torch", "torch `linear_cross_entropy`"
+    speed = table(["ms CPU, one thread", "fused", "plain + SGD", *peers, "fused over torch", "of GEMM rate"], rows)
     memory = table(
         ["memory of a step beyond the weights, MiB", "float32", "bfloat16"],
         [
@@ -65,10 +64,10 @@ def dense_tables(result: dict[str, Any]) -> str:
     big = next((m for m in result["memory"] if "classes" in m), None)
     size = f"({big['classes']:,} classes, d = {big['features']}, batch {big['batch']})" if big else ""
     return (
-        "A training step, float32: loss, gradient to hidden, and an SGD step of the weights. The share of the GEMM rate counts the\n"
-        f"recomputed logits; the rate itself is `torch.mm`'s beside it.\n\n{speed}\n\n"
-        f"{memory}\n\n{size} Measured on {conditions(result['machine'])}. `python bench/dense.py` repeats it; the whole grid, with\n"
-        "bfloat16 and two threads, is in `bench/results/dense.json`."
+        "A training step, float32: loss, gradient to hidden, and an SGD step of the weights. The share of the\n"
+        f"GEMM rate counts the recomputed logits; the rate itself is `torch.mm`'s beside it.\n\n{speed}\n\n"
+        f"{memory}\n\n{size} Measured on {conditions(result['machine'])}. `python bench/dense.py` repeats it; the\n"
+        "whole grid, with bfloat16 and two threads, is in `bench/results/dense.json`."
     )
 
 
@@ -81,9 +80,10 @@ def places_table(result: dict[str, Any]) -> str:
     return (
         f"{table(['place resolver: % of ' + names, 'P@1', 'hit@5', 'training'], rows)}\n\n"
         "![Quality of the place resolver against the CPU time of its training](docs/places.svg)\n\n"
-        "The peers were measured earlier, on another two-core machine, on the same split: their qualities compare, their times only\n"
-        f"roughly. widehead on {conditions(result['machine'])}, features included in the time. `python bench/places.py` repeats it.\n"
-        "Namesakes bound P@1: a name that several places share can be right only once."
+        "The peers were measured earlier, on another two-core machine, on the same split: their qualities compare,\n"
+        f"their times only roughly. widehead on {conditions(result['machine'])}, features included in the time.\n"
+        "`python bench/places.py` repeats it. Namesakes bound P@1: a name that several places share can\n"
+        "be right only once."
     )
 
 
@@ -97,11 +97,13 @@ def places_figure(result: dict[str, Any], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(6.4, 3.6))
     runs = result["runs"]
     for measure, style in (("hit@5", "o-"), ("P@1", "s-")):
-        color = axes.plot([r["cpu_seconds"] for r in runs], [r[measure] for r in runs], style, label=f"widehead, {measure}")[0].get_color()
+        seconds, found = [r["cpu_seconds"] for r in runs], [r[measure] for r in runs]
+        color = axes.plot(seconds, found, style, label=f"widehead, {measure}")[0].get_color()
         for name, peer in result["peers"].items():
             if peer.get("cpu_seconds"):
-                axes.plot(peer["cpu_seconds"], peer[measure], style[0], color=color, fillstyle="none")
-                axes.annotate(name, (peer["cpu_seconds"], peer[measure]), fontsize=7, xytext=(0, 6), textcoords="offset points", ha="right")
+                at = (peer["cpu_seconds"], peer[measure])
+                axes.plot(*at, style[0], color=color, fillstyle="none")
+                axes.annotate(name, at, fontsize=7, xytext=(0, 6), textcoords="offset points", ha="right")
     axes.set_xlabel("CPU seconds of training, features included")
     axes.set_ylabel("% of held-out names")
     axes.set_xlim(left=0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -49,8 +50,21 @@ def unpack(file: HeadFile) -> tuple[EmbeddingBag, Any]:
 
 
 def parameters(model: Classifier) -> dict[str, Any]:
-    """The parameters that JSON can hold."""
-    return {name: value for name, value in model.get_params(deep=False).items() if name not in _ASIDE}
+    """The parameters that JSON can hold; arrays among the head's options, which the head keeps, by their checksums."""
+    params = {name: value for name, value in model.get_params(deep=False).items() if name not in _ASIDE}
+    params["head_options"] = {
+        name: {"checksum": zlib.crc32(np.ascontiguousarray(value).data)} if isinstance(value, np.ndarray) else value
+        for name, value in (params["head_options"] or {}).items()
+    } or None
+    return params
+
+
+def _with_arrays(params: dict[str, Any], file: HeadFile) -> dict[str, Any]:
+    """What `parameters` made, with the arrays again."""
+    options = params["head_options"]
+    if options is not None:
+        options = {n: file.tensors[f"head.{n}"] if isinstance(value, dict) else value for n, value in options.items()}
+    return {**params, "head_options": options}
 
 
 def save_model(model: Classifier, path: Any) -> None:
@@ -76,7 +90,7 @@ def load_model(cls: type[C], path: Path, features: Any | None) -> C:
         if features is None and "features" in file.config:
             options = dict(file.config["features"])
             features = NGramHasher(**{**options, "ngram_range": tuple(options["ngram_range"])})
-        model = cls(**file.config["params"], features=features)
+        model = cls(**_with_arrays(file.config["params"], file), features=features)
         model.bag_, model.head_ = unpack(file)
         model._names = _names_from_tensors(file) if "classes" in file.config else None
         model.n_features_in_, model.n_classes_ = model.bag_.n_features, model.head_.n_classes

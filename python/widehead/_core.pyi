@@ -1,7 +1,7 @@
 # The private extension module. Arrays come in through DLPack (numpy arrays, or the capsules of torch.utils.dlpack);
 # outputs are written into arrays of the caller. `None` stands for "not given". Every argument is keyword-only.
-# Nothing is copied or converted: rows may be strided, the last axis is contiguous, all arrays lie on one device, outputs
-# are writable. NumPy has no bfloat16, so an array of uint16 is read as bfloat16 wherever bfloat16 is taken.
+# Nothing is copied or converted: rows may be strided, the last axis is contiguous, all arrays lie on one device,
+# outputs are writable. NumPy has no bfloat16, so an array of uint16 is read as bfloat16 wherever bfloat16 is taken.
 from typing import Any
 
 Array = Any
@@ -33,9 +33,9 @@ def dense_forward(
     stream: int = 0,
 ) -> None: ...
 
-# update: None, or a dict with optimizer ("sgd" | "adam" | "adagrad"), rounding ("nearest" | "stochastic" | "kahan"), lr,
-# momentum, beta1, beta2, eps, weight_decay, step, seed, first_row, and the arrays first, second, compensation, bias_first,
-# bias_second (each may be absent). Returns the number of tiles skipped by the gradient filter.
+# update: None, or a dict with optimizer ("sgd" | "adam" | "adagrad"), rounding ("nearest" | "stochastic" | "kahan"),
+# lr, momentum, beta1, beta2, eps, weight_decay, step, seed, first_row, and the arrays first, second, compensation,
+# bias_first, bias_second (each may be absent). Returns the number of tiles skipped by the gradient filter.
 def dense_backward(
     *, hidden: Array, weight: Array, bias: Array | None, offset: Array | None = None,
     indptr: Array | None, indices: Array, values: Array | None,
@@ -71,7 +71,7 @@ def update_rows(
 def gather_rows(*, weight: Array, rows: Array, out: Array) -> None: ...
 
 # Shared negatives of sampled softmax: n draws with replacement keyed by (seed, step). Fills `draws` [n] int64.
-# proposal: "uniform" | "log_uniform" | "alias" (with the alias table's arrays threshold [D] float32 and alias [D] int64).
+# proposal: "uniform" | "log_uniform" | "alias" (with the alias table's arrays threshold [D] float32, alias [D] int64).
 def sample_classes(
     *, draws: Array, n_classes: int, proposal: str, threshold: Array | None = None, alias: Array | None = None,
     seed: int, step: int,

