@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ._core import Error
-from ._training import Examples, Targets
+from ._training import Examples, Targets, checksum
 from .bag import EmbeddingBag
 from .files import FileError, HeadFile, load_head, save_head
 from .numpy import DenseHead
@@ -49,8 +49,19 @@ def unpack(file: HeadFile) -> tuple[EmbeddingBag, Any]:
 
 
 def parameters(model: Classifier) -> dict[str, Any]:
-    """The parameters that JSON can hold."""
-    return {name: value for name, value in model.get_params(deep=False).items() if name not in _ASIDE}
+    """The parameters as JSON holds them; an array among the head's options is named by its checksum."""
+    params = {name: _plain(value) for name, value in model.get_params(deep=False).items() if name not in _ASIDE}
+    if model.head_options is not None:
+        params["head_options"] = {name: _plain(value) for name, value in model.head_options.items()}
+    return params
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, np.ndarray):
+        return {"array": list(value.shape), "checksum": checksum(value)}
+    return value
 
 
 def save_model(model: Classifier, path: Any) -> None:
@@ -76,7 +87,11 @@ def load_model(cls: type[C], path: Path, features: Any | None) -> C:
         if features is None and "features" in file.config:
             options = dict(file.config["features"])
             features = NGramHasher(**{**options, "ngram_range": tuple(options["ngram_range"])})
-        model = cls(**file.config["params"], features=features)
+        params = dict(file.config["params"])
+        for name, value in (params["head_options"] or {}).items():
+            if isinstance(value, dict) and "array" in value:  # the head has it, under the same name
+                params["head_options"][name] = file.tensors[f"head.{name}"]
+        model = cls(**params, features=features)
         model.bag_, model.head_ = unpack(file)
         model._names = _names_from_tensors(file) if "classes" in file.config else None
         model.n_features_in_, model.n_classes_ = model.bag_.n_features, model.head_.n_classes
@@ -118,7 +133,7 @@ class Keeper:
         self.written = time.monotonic()
         if self.path is not None:
             self.identity = {
-                "params": json.loads(json.dumps(parameters(model))),
+                "params": json.loads(json.dumps(parameters(model))),  # as it will come back: tuples are lists
                 "examples": len(examples),
                 "X": examples.checksum(),
                 "Y": targets.checksum(),
