@@ -218,7 +218,17 @@ class NGramHasher(Params):
         return _core.transliterate(text=packed.arrays, table=_anyascii.covering(packed.text))
 
 
-def typos(strings: Iterable[str], rate: float = 0.1, *, seed: int, step: int = 0, second: float = 0.2) -> Sequence[str]:
+@overload
+def typos(
+    strings: PackedStrings, rate: float = ..., *, seed: int, step: int = ..., second: float = ...
+) -> PackedStrings: ...
+@overload
+def typos(
+    strings: list[str] | tuple[str, ...], rate: float = ..., *, seed: int, step: int = ..., second: float = ...
+) -> list[str]: ...
+def typos(
+    strings: Iterable[str], rate: float = 0.1, *, seed: int, step: int = 0, second: float = 0.2
+) -> list[str] | PackedStrings:
     """Strings with typing errors, to train on: a list, or packed strings for packed strings.
 
     A character is dropped, doubled or inserted, replaced, or swapped with the next. New letters come from the
