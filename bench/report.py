@@ -52,11 +52,8 @@ def dense_tables(result: dict[str, Any]) -> str:
                 f"{share:.0%}",
             ]
         )
-    speed = table(
-        ["one step, ms CPU, one thread", "fused", "plain + SGD", "torch"]
-        + ["torch `linear_cross_entropy`", "fused over torch", "of GEMM rate"],
-        rows,
-    )
+    peers = "torch", "torch `linear_cross_entropy`"
+    speed = table(["ms CPU, one thread", "fused", "plain + SGD", *peers, "fused over torch", "of GEMM rate"], rows)
     memory = table(
         ["memory of a step beyond the weights, MiB", "float32", "bfloat16"],
         [
@@ -67,10 +64,10 @@ def dense_tables(result: dict[str, Any]) -> str:
     big = next((m for m in result["memory"] if "classes" in m), None)
     size = f"({big['classes']:,} classes, d = {big['features']}, batch {big['batch']})" if big else ""
     return (
-        "A training step, float32: loss, gradient to hidden, and an SGD step of the weights. The share of the GEMM rate\n"
-        f"counts the recomputed logits; the rate itself is `torch.mm`'s beside it.\n\n{speed}\n\n"
-        f"{memory}\n\n{size} Measured on {conditions(result['machine'])}. `python bench/dense.py` repeats it; the whole\n"
-        "grid, with bfloat16 and two threads, is in `bench/results/dense.json`."
+        "A training step, float32: loss, gradient to hidden, and an SGD step of the weights. The share of the\n"
+        f"GEMM rate counts the recomputed logits; the rate itself is `torch.mm`'s beside it.\n\n{speed}\n\n"
+        f"{memory}\n\n{size} Measured on {conditions(result['machine'])}. `python bench/dense.py` repeats it; the\n"
+        "whole grid, with bfloat16 and two threads, is in `bench/results/dense.json`."
     )
 
 
@@ -83,9 +80,10 @@ def places_table(result: dict[str, Any]) -> str:
     return (
         f"{table(['place resolver: % of ' + names, 'P@1', 'hit@5', 'training'], rows)}\n\n"
         "![Quality of the place resolver against the CPU time of its training](docs/places.svg)\n\n"
-        "The peers were measured earlier, on another two-core machine, on the same split: their qualities compare, their\n"
-        f"times only roughly. widehead on {conditions(result['machine'])}, features included in the time.\n"
-        "`python bench/places.py` repeats it. Namesakes bound P@1: a name that several places share can be right only once."
+        "The peers were measured earlier, on another two-core machine, on the same split: their qualities compare,\n"
+        f"their times only roughly. widehead on {conditions(result['machine'])}, features included in the time.\n"
+        "`python bench/places.py` repeats it. Namesakes bound P@1: a name that several places share can\n"
+        "be right only once."
     )
 
 

@@ -49,19 +49,24 @@ def unpack(file: HeadFile) -> tuple[EmbeddingBag, Any]:
 
 
 def parameters(model: Classifier) -> dict[str, Any]:
-    """The parameters as JSON holds them; an array among the head's options is named by its checksum."""
+    """The parameters that JSON can hold; arrays among the head's options, which the head keeps, by their checksums."""
     params = {name: _plain(value) for name, value in model.get_params(deep=False).items() if name not in _ASIDE}
-    if model.head_options is not None:
-        params["head_options"] = {name: _plain(value) for name, value in model.head_options.items()}
-    return params
+    options = {name: _plain(value) for name, value in (model.head_options or {}).items()}
+    return {**params, "head_options": options or None}
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, np.generic):
-        return value.item()
     if isinstance(value, np.ndarray):
-        return {"array": list(value.shape), "checksum": checksum(value)}
-    return value
+        return {"checksum": checksum(value)}
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _with_arrays(params: dict[str, Any], file: HeadFile) -> dict[str, Any]:
+    """What `parameters` made, with the arrays again."""
+    options = params["head_options"]
+    if options is not None:
+        options = {n: file.tensors[f"head.{n}"] if isinstance(value, dict) else value for n, value in options.items()}
+    return {**params, "head_options": options}
 
 
 def save_model(model: Classifier, path: Any) -> None:
@@ -87,11 +92,7 @@ def load_model(cls: type[C], path: Path, features: Any | None) -> C:
         if features is None and "features" in file.config:
             options = dict(file.config["features"])
             features = NGramHasher(**{**options, "ngram_range": tuple(options["ngram_range"])})
-        params = dict(file.config["params"])
-        for name, value in (params["head_options"] or {}).items():
-            if isinstance(value, dict) and "array" in value:  # the head has it, under the same name
-                params["head_options"][name] = file.tensors[f"head.{name}"]
-        model = cls(**params, features=features)
+        model = cls(**_with_arrays(file.config["params"], file), features=features)
         model.bag_, model.head_ = unpack(file)
         model._names = _names_from_tensors(file) if "classes" in file.config else None
         model.n_features_in_, model.n_classes_ = model.bag_.n_features, model.head_.n_classes

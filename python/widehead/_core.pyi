@@ -1,7 +1,7 @@
 # The private extension module. Arrays come in through DLPack (numpy arrays, or the capsules of torch.utils.dlpack);
 # outputs are written into arrays of the caller. `None` stands for "not given". Every argument is keyword-only.
-# Nothing is copied or converted: rows may be strided, the last axis is contiguous, all arrays lie on one device, outputs
-# are writable. NumPy has no bfloat16, so an array of uint16 is read as bfloat16 wherever bfloat16 is taken.
+# Nothing is copied or converted: rows may be strided, the last axis is contiguous, all arrays lie on one device,
+# outputs are writable. NumPy has no bfloat16, so an array of uint16 is read as bfloat16 wherever bfloat16 is taken.
 from typing import Any
 
 Array = Any

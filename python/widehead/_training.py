@@ -217,6 +217,7 @@ def progress(show: bool, total: int, done: int) -> Iterator[Callable[[str], None
     if not show:
         yield lambda text: None
         return
+    from rich.console import Console
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -233,6 +234,7 @@ def progress(show: bool, total: int, done: int) -> Iterator[Callable[[str], None
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns) as bar:
+    # Results may go to standard output.
+    with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task("training", total=total, completed=done)
         yield lambda text: bar.update(task, advance=1, description=text)

@@ -221,7 +221,7 @@ def test_callback_sees_every_epoch():
 def test_progress_bar(capsys):
     X, y = toy()
     small(epochs=1, verbose=True).fit(X, y)
-    assert "19/19" in capsys.readouterr().out
+    assert "19/19" in capsys.readouterr().err
 
 
 # scikit-learn

@@ -9,7 +9,7 @@ namespace widehead::cpu::WIDEHEAD_ISA_NAME {
 // 1.5 * 2^mantissa leaves, so no conversion instruction is needed; unsigned, for lanes below the range wrap around before they
 // are dropped.
 WIDEHEAD_INLINE Vec<float> exp(Vec<float> x) {
-  typedef Simd<float>::I I;
+  typedef uint32_t U __attribute__((vector_size(WIDEHEAD_VECTOR_BYTES)));  // infinities wrap around
   const Vec<float> shifted = x * 1.44269504088896341f + 12582912.0f;
   const Vec<float> n = shifted - 12582912.0f;
   Vec<float> r = x - n * 0.693359375f;
@@ -21,11 +21,11 @@ WIDEHEAD_INLINE Vec<float> exp(Vec<float> x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.0f;
-  const Vec<float> y = (Vec<float>)((I)p + ((I)shifted << 23));
+  const Vec<float> y = (Vec<float>)((U)p + ((U)shifted << 23));
   return x < -87.0f ? Vec<float>{} : y;
 }
 WIDEHEAD_INLINE Vec<double> exp(Vec<double> x) {
-  typedef Simd<double>::I I;
+  typedef uint64_t U __attribute__((vector_size(WIDEHEAD_VECTOR_BYTES)));
   const Vec<double> shifted = x * 1.4426950408889634074 + 6755399441055744.0;
   const Vec<double> n = shifted - 6755399441055744.0;
   Vec<double> r = x - n * 6.93147180369123816490e-1;
@@ -45,7 +45,7 @@ WIDEHEAD_INLINE Vec<double> exp(Vec<double> x) {
                                           1.0,
                                           1.0};
   for (double c : kInverseFactorial) p = p * r + c;
-  const Vec<double> y = (Vec<double>)((I)p + ((I)shifted << 52));
+  const Vec<double> y = (Vec<double>)((U)p + ((U)shifted << 52));
   return x < -708.0 ? Vec<double>{} : y;
 }
 
