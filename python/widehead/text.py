@@ -268,13 +268,16 @@ class _Anyascii:
             return self._table
 
     def _add(self, codes: list[int]) -> None:
-        try:
-            from anyascii import anyascii
-        except ImportError:
-            raise ImportError('romanise="anyascii" needs the package anyascii: pip install anyascii') from None
-        for code in codes:
-            surrogate = 0xD800 <= code < 0xE000
-            self._pieces[code] = "" if surrogate else anyascii(chr(code)).casefold()
+        beyond = [code for code in codes if code > 0x7F]
+        self._pieces |= {code: chr(code).casefold() for code in codes if code <= 0x7F}
+        if beyond:
+            try:
+                from anyascii import anyascii
+            except ImportError:
+                raise ImportError('romanise="anyascii" needs the package anyascii: pip install anyascii') from None
+            for code in beyond:
+                surrogate = 0xD800 <= code < 0xE000
+                self._pieces[code] = "" if surrogate else anyascii(chr(code)).casefold()
         ordered = sorted(self._pieces)
         lengths = np.zeros(ordered[-1] + 1, np.int64)
         lengths[ordered] = [len(self._pieces[c]) for c in ordered]
