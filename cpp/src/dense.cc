@@ -160,6 +160,8 @@ void dense_topk(const DenseTopK& args) {
   check_option("softcap", args.softcap, args.softcap >= 0, "a number > 0, or 0 for none");
   if (on_gpu(args.device)) return cuda::dense_topk(args);
   if (args.exclude_indptr) {
+    if (args.exclude_indptr[0] < 0)
+      throw ShapeError("exclude: row pointers begin at " + to_string(args.exclude_indptr[0]) + ", expected at least 0");
     for (int64_t b = 0; b < args.layer.hidden.rows; ++b)
       if (args.exclude_indptr[b + 1] < args.exclude_indptr[b])
         throw ShapeError("exclude: row pointers decrease at row " + to_string(b));

@@ -16,7 +16,7 @@ from ._optimizer import ROUNDINGS
 from ._results import ForwardResult, Reduction, StepResult, TopKResult
 from .labels import Labels, Target, as_target, check_range
 from .options import DenseOptions, choose
-from .sampling import Proposal, sample_classes
+from .sampling import IGNORED, Proposal, sample_classes
 
 
 class DenseHead(Head):
@@ -163,23 +163,24 @@ class DenseHead(Head):
                 rounding or ("stochastic" if self.dtype == "bfloat16" else "nearest"), ROUNDINGS, "rounding"
             )
             kahan = rounding == "kahan" and self.dtype == "bfloat16"
-            optimizer_before = self._optimizer.name, self._optimizer.step
-            self._optimizer.prepare(optimizer, self._weight, self._bias, kahan)
-            update = self._optimizer.arguments(
-                rounding,
-                self.seed,
-                lr=lr,
-                momentum=momentum,
-                beta1=betas[0],
-                beta2=betas[1],
-                eps=eps,
-                weight_decay=weight_decay,
-            )
             train = self._train_sampled if self.options.loss == "sampled_softmax" else self._train
+            before = self._optimizer.copy()
             try:
+                self._optimizer.prepare(optimizer, self._weight, self._bias, kahan)
+                update = self._optimizer.arguments(
+                    rounding,
+                    self.seed,
+                    lr=lr,
+                    momentum=momentum,
+                    beta1=betas[0],
+                    beta2=betas[1],
+                    eps=eps,
+                    weight_decay=weight_decay,
+                )
                 train(rows, goal, scale, losses, grad_hidden, update)
-            except Error:
-                self._optimizer.name, self._optimizer.step = optimizer_before
+            except BaseException:
+                # The arrays of a refused step would look like the state of an optimiser that has run.
+                self._optimizer = before
                 raise
             self._optimizer.step += 1
             self.steps += 1
@@ -247,6 +248,7 @@ class DenseHead(Head):
             "values": goal.values,
             "class_weight": None if self.class_weight is None else self.class_weight[sampled.rows],
             **self._loss_arguments(),
+            "ignore_index": IGNORED,
         }
         lse = np.empty_like(losses)
         grad_weight = np.empty(weight.shape, self._result)

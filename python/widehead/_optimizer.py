@@ -31,6 +31,10 @@ class OptimizerState:
     step: int = 0
     arrays: dict[str, NDArray] = field(default_factory=dict)
 
+    def copy(self) -> OptimizerState:
+        """The same state; the arrays themselves are shared."""
+        return OptimizerState(self.name, self.step, dict(self.arrays))
+
     def prepare(self, name: str, weight: NDArray, bias: NDArray | None, kahan: bool) -> None:
         """Chooses the optimiser and allocates its state, zero, where it is not there yet.
 
@@ -58,10 +62,13 @@ class OptimizerState:
 
     def arguments(self, rounding: str, seed: int, **numbers: Any) -> dict[str, Any]:
         """The `update` of the core for the next step; `step` is to be counted up once it has been taken."""
-        arrays = {key: value for key, value in self.arrays.items() if key != "compensation" or rounding == "kahan"}
+        unused = set() if rounding == "kahan" else {"compensation"}
         optimizer = "sgd" if self.name == "momentum" else self.name
         if self.name != "momentum":
             numbers["momentum"] = 0.0
+        elif numbers["momentum"] == 0:
+            unused |= {"first", "bias_first"}
+        arrays = {key: value for key, value in self.arrays.items() if key not in unused}
         return {"optimizer": optimizer, "rounding": rounding, "seed": seed, "step": self.step + 1, **numbers, **arrays}
 
     def grow(self, n_classes: int) -> None:

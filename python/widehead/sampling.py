@@ -23,6 +23,9 @@ from .labels import check_range
 
 NAMES = ("uniform", "log_uniform", "alias")
 
+# The position of a label that does not count. The head's own ignore_index could be a position of some class: 0 is popular.
+IGNORED = -100
+
 
 class Proposal:
     """The distribution over classes that negatives are drawn from.
@@ -83,7 +86,7 @@ class SampledClasses:
     Attributes:
         rows: `[A]` int64, distinct and ascending: rows of the weight.
         offset: `[A]` float32, added to the logits except at an example's own targets.
-        indices: the batch's labels as positions in `rows`; `ignore_index` stays.
+        indices: the batch's labels as positions in `rows`; IGNORED where the label is ignore_index.
     """
 
     rows: NDArray[np.int64]
@@ -120,5 +123,5 @@ def sample_classes(
     offset[np.searchsorted(rows, drawn)] = np.log(count / n) - proposal.log_probability(drawn)
     position = np.searchsorted(rows, indices)
     if ignore_index is not None:
-        position[indices == ignore_index] = ignore_index
+        position[indices == ignore_index] = IGNORED
     return SampledClasses(rows, offset, position)

@@ -92,9 +92,13 @@ WIDEHEAD_INLINE void clear_lanes(const Tile<M>& t, typename M::Real* g, i64 firs
 template <class M>
 bool all_below(const Tile<M>& t, const typename M::Real* g, double bound) {
   using Real = typename M::Real;
-  Vec<Real> top{};
-  for (i64 i = 0; i < t.count * Tile<M>::kP; i += Simd<Real>::kLanes) top = max(abs<Real>(load(g + i)), top);
-  return static_cast<double>(max_lanes<Real>(top)) < bound;
+  Vec<Real> top{}, strange{};  // max drops a NaN, and a gradient that is none must not pass for a small one
+  for (i64 i = 0; i < t.count * Tile<M>::kP; i += Simd<Real>::kLanes) {
+    const Vec<Real> x = load(g + i);
+    top = max(abs<Real>(x), top);
+    strange += x - x;
+  }
+  return sum_lanes<Real>(strange) == 0 && static_cast<double>(max_lanes<Real>(top)) < bound;
 }
 
 template <class M>
@@ -242,7 +246,7 @@ void backward(const DenseContext& ctx, const DenseGeometry& geometry, BackwardTa
     if (task.want_weight && !have_grad) {
       const bool plain_sgd = task.update && task.update->optimizer == Optimizer::sgd && !task.update->first &&
                              task.update->weight_decay == 0;
-      if (plain_sgd) continue;
+      if (plain_sgd && !task.grad_bias) continue;
       __builtin_memset(q.grad, 0, static_cast<std::size_t>(t.padded * s.feature_panels * kP) * sizeof(Real));
     }
     if (task.want_weight || want_bias) finish_tile<M>(ctx, s, t, q, task);

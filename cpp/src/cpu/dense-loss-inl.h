@@ -48,12 +48,12 @@ void finish_logits(const DenseContext& ctx, const Tile<M>& t, i64 b0, typename M
   });
 }
 
-// total += part with the rounding error kept in lost.
+// total += part with the rounding error kept in lost. An infinite sum has none: its error would be NaN.
 template <class V>
 WIDEHEAD_INLINE void kahan_add(V& total, V& lost, V part) {
   const V y = part - lost;
   const V next = total + y;
-  lost = (next - total) - y;
+  lost = next - next == V{} ? (next - total) - y : V{};
   total = next;
 }
 

@@ -56,14 +56,14 @@ struct Partials {
   Partials(Arena& a, const DenseGeometry& g, i64 batch, i64 count)
       : parts(carve(a, g, batch, count)), padded(g.padded_batch) {
     for (ForwardPartial& p : parts) {
-      std::fill_n(static_cast<Real*>(p.row_max), padded, Real(-1e30));
+      std::fill_n(static_cast<Real*>(p.row_max), padded, std::numeric_limits<Real>::lowest());
       for (void* v : {p.row_sum, p.row_lost, p.row_aux, p.row_aux_lost})
         std::fill_n(static_cast<Real*>(v), padded, Real(0));
       for (double* v : {p.output, p.adjust}) std::fill_n(v, batch, 0.0);
     }
   }
   double lse(i64 b) const {
-    double top = -1e300, sum = 0;
+    double top = std::numeric_limits<double>::lowest(), sum = 0;
     for (const ForwardPartial& p : parts) top = std::max(top, static_cast<double>(static_cast<Real*>(p.row_max)[b]));
     for (const ForwardPartial& p : parts) {
       const double s = static_cast<double>(static_cast<Real*>(p.row_sum)[b]) -

@@ -59,7 +59,7 @@ struct DenseGeometry {
   std::size_t forward_scratch, backward_scratch;  // per running task
 };
 
-// Partial results of one partition of the classes, each [padded_batch]; the arrays of Real come zeroed, row_max at -1e30.
+// Partial results of one partition of the classes, each [padded_batch]; the arrays of Real come zeroed, row_max at the lowest number.
 struct ForwardPartial {
   void* row_max;
   void* row_sum;

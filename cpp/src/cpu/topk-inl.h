@@ -47,7 +47,7 @@ void topk_panel(TopKTask& task, const Tile<M>& t, const typename M::Real* z, i64
       uint32_t hits = greater_mask(load(z + c * kP + v * kLanes), load(last + v * kLanes));
       for (; hits; hits &= hits - 1) {
         const i64 lane = v * kLanes + __builtin_ctz(hits), b = b0 + lane, cls = t.first + c;
-        if (task.exclude_indptr && contains(task.exclude_sorted + task.exclude_indptr[b],
+        if (task.exclude_indptr && contains(task.exclude_sorted + task.exclude_indptr[b] - task.exclude_indptr[0],
                                             task.exclude_indptr[b + 1] - task.exclude_indptr[b], cls))
           continue;
         insert(scores + b * k, task.classes + b * k, k, task.filled[b], z[c * kP + lane], cls);

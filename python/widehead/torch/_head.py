@@ -147,11 +147,11 @@ class Head(nn.Module):
             return self._score_rows(rows, None).reshape(*batch, self.n_classes)
         if classes.dtype != torch.int64:
             raise DtypeError(f"classes: expected int64, got {classes.dtype}")
-        if classes.dim() == 1 or classes.shape[:-1] != batch:
+        if classes.dim() < 2 or classes.shape[:-1] != batch:
             check(classes.dim() == 1, f"classes: expected [n] or {[*batch, 'n']}, got {list(classes.shape)}")
             classes = classes.expand(*batch, -1)
         n = classes.shape[-1]
-        return self._score_rows(rows, classes.reshape(-1, n)).reshape(*batch, n)
+        return self._score_rows(rows, classes.reshape(rows.shape[0], n)).reshape(*batch, n)
 
     @torch.no_grad()
     def log_prob(self, hidden: Tensor, classes: Tensor | None = None) -> Tensor:
@@ -272,7 +272,7 @@ class Head(nn.Module):
         return hidden.reshape(-1, self.in_features), hidden.shape[:-1]
 
     def _reduce(self, losses: Tensor, target: Target, sample_weight: Tensor | None, batch: torch.Size) -> Tensor:
-        """none, sum, or the mean by weight over the examples that have a target; 0 when none has."""
+        """none, sum, or the mean by weight over the examples that have a target; 0 when their weights sum to 0."""
         weights = None
         if sample_weight is not None:
             if sample_weight.shape != batch or not sample_weight.is_floating_point():
@@ -295,7 +295,7 @@ class Head(nn.Module):
         if weights is None:
             return losses.sum() / max(batch.numel(), 1)
         total = weights.sum()
-        return losses.sum() / torch.where(total == 0, 1, total)
+        return torch.where(total == 0, 0, losses.sum() / torch.where(total == 0, 1, total))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Head:
         super()._apply(fn, recurse)
@@ -372,6 +372,14 @@ def checked_class_weight(class_weight: Any, n_classes: int) -> Tensor | None:
     if not (low >= 0 and math.isfinite(high)):
         raise NonFiniteError(f"class_weight: expected finite numbers of at least 0, got {low} to {high}")
     return tensor
+
+
+def checked_seed(seed: int | None) -> int:
+    """The seed of the core's random numbers; None draws one from torch's generator."""
+    if seed is None:
+        return int(torch.randint(2**63 - 1, ()))
+    check(0 <= seed < 2**64, f"seed: expected an integer in [0, 2^64), got {seed}")
+    return int(seed)
 
 
 def checked_weight_dtype(dtype: torch.dtype | None) -> torch.dtype:

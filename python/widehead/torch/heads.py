@@ -11,9 +11,10 @@ from typing_extensions import Self
 
 from widehead import _core
 from widehead.options import LOSSES, DenseOptions
+from widehead.sampling import IGNORED
 
 from . import ops
-from ._head import Head, check, checked_class_weight, checked_weight_dtype
+from ._head import Head, check, checked_class_weight, checked_seed, checked_weight_dtype
 from ._sampled import checked_proposal, gather_rows, register_proposal, sample_rows
 from ._target import Target
 
@@ -39,7 +40,7 @@ class DenseHead(Head):
         negatives: number of draws of sampled softmax; the whole batch shares them.
         proposal: where they come from: "uniform", "log_uniform" (classes sorted by falling frequency), or positive
             weights `[D]`.
-        bias: add a learned bias. reduction: "none", "mean" (over examples that have a target; 0 when none has), "sum".
+        bias: add a learned bias. reduction: "none", "mean" (over examples that have a target; 0 when their weights sum to 0), "sum".
         dtype: float32, bfloat16 (trained by stochastic rounding in fused mode; the bias stays float32) or float64 (CPU,
             checks).
         seed: of the initial weights; None draws one from torch's generator.
@@ -94,7 +95,7 @@ class DenseHead(Head):
         self.proposal = checked_proposal(proposal, n_classes) if loss == "sampled_softmax" else None
         self._proposal_key = 0 if self.proposal is None else register_proposal(self.proposal)
         dtype = checked_weight_dtype(dtype)
-        self.seed = int(torch.randint(2**63 - 1, ())) if seed is None else seed
+        self.seed = checked_seed(seed)
         self.weight = nn.Parameter(torch.empty(n_classes, in_features, device=device, dtype=dtype))
         bias_dtype = torch.float32 if dtype == torch.bfloat16 else dtype
         self.bias = nn.Parameter(torch.zeros(n_classes, device=device, dtype=bias_dtype)) if bias else None
@@ -110,7 +111,7 @@ class DenseHead(Head):
         Args:
             seed: None keeps the head's own.
         """
-        self.seed = self.seed if seed is None else seed
+        self.seed = self.seed if seed is None else checked_seed(seed)
         self._fill(self.weight, 0)
         if self.bias is not None:
             self.bias.zero_()
@@ -126,14 +127,16 @@ class DenseHead(Head):
         anchor, control = (self._anchor, self._control) if self.training else (None, None)
         if self.loss == "sampled_softmax" and self.training:
             return self._sampled_losses(rows, target, anchor, control)
-        return self._dense_losses(rows, self.weight, self.bias, None, target, self.class_weight, anchor, control)
+        return self._dense_losses(
+            rows, self.weight, self.bias, None, target, self.class_weight, anchor, control, self.ignore_index
+        )
 
     def _dense_losses(self, rows: Tensor, weight: Tensor, bias: Any, offset: Any, target: Target, class_weight: Any,
-                      anchor: Any, control: Any) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+                      anchor: Any, control: Any, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         o = self.options
         return ops.dense_loss(
             rows, weight, bias, offset, *target, class_weight, anchor, control,
-            o.core_loss, o.label_smoothing, o.lse_penalty, o.softcap or 0.0, o.ignore_index, o.filter_eps or 0.0,
+            o.core_loss, o.label_smoothing, o.lse_penalty, o.softcap or 0.0, ignore_index, o.filter_eps or 0.0,
         )  # fmt: skip
 
     def _sampled_losses(
@@ -149,7 +152,7 @@ class DenseHead(Head):
         class_weight = None if self.class_weight is None else self.class_weight[classes]
         local = Target(target.indptr, positions, target.values)
         return self._dense_losses(
-            rows, weight, None if self.bias is None else bias, offset, local, class_weight, None, None
+            rows, weight, None if self.bias is None else bias, offset, local, class_weight, None, None, IGNORED
         )
 
     def _topk_rows(

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from widehead._core import BackendError, Error, ShapeError
 
-from ._head import Head, check
+from ._head import Head, check, checked_seed
 from ._owner import PENDING, Owner
 
 ROUNDINGS = ("nearest", "stochastic", "kahan")
@@ -47,7 +47,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self.grad_scaler = grad_scaler
         self._owners: list[Owner] = []
         # In the parameter group, so that a checkpoint resumes with the same random rounding.
-        seed = int(torch.randint(2**63 - 1, ())) if seed is None else seed
+        seed = checked_seed(seed)
         groups: list[Any] = [heads] if isinstance(heads, Head) else list(heads)
         if groups and all(isinstance(head, Head) for head in groups):
             groups = [{"heads": groups}]
