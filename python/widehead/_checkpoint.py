@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -12,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ._core import Error
-from ._training import Examples, Targets
+from ._training import Examples, Targets, checksum
 from .bag import EmbeddingBag
 from .files import FileError, HeadFile, load_head, save_head
 from .numpy import DenseHead
@@ -51,12 +50,15 @@ def unpack(file: HeadFile) -> tuple[EmbeddingBag, Any]:
 
 def parameters(model: Classifier) -> dict[str, Any]:
     """The parameters that JSON can hold; arrays among the head's options, which the head keeps, by their checksums."""
-    params = {name: value for name, value in model.get_params(deep=False).items() if name not in _ASIDE}
-    params["head_options"] = {
-        name: {"checksum": zlib.crc32(np.ascontiguousarray(value).data)} if isinstance(value, np.ndarray) else value
-        for name, value in (params["head_options"] or {}).items()
-    } or None
-    return params
+    params = {name: _plain(value) for name, value in model.get_params(deep=False).items() if name not in _ASIDE}
+    options = {name: _plain(value) for name, value in (model.head_options or {}).items()}
+    return {**params, "head_options": options or None}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        return {"checksum": checksum(value)}
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def _with_arrays(params: dict[str, Any], file: HeadFile) -> dict[str, Any]:
@@ -132,7 +134,7 @@ class Keeper:
         self.written = time.monotonic()
         if self.path is not None:
             self.identity = {
-                "params": json.loads(json.dumps(parameters(model))),
+                "params": json.loads(json.dumps(parameters(model))),  # as it will come back: tuples are lists
                 "examples": len(examples),
                 "X": examples.checksum(),
                 "Y": targets.checksum(),

@@ -73,8 +73,8 @@ class Targets:
 
     def checksum(self) -> int:
         if not isinstance(self.rows, Labels):
-            return zlib.crc32(_bytes(self.rows))
-        return zlib.crc32(_bytes(self.rows.indices), zlib.crc32(_bytes(self.rows.indptr)))
+            return checksum(self.rows)
+        return checksum(self._matrix.indptr, self._matrix.indices, self._matrix.data)
 
 
 def encode(
@@ -169,19 +169,21 @@ class Examples:
     def epoch(self, epoch: int, transform: Transform | None) -> Source:
         """The examples of an epoch, after the user's transform."""
         X = self.X if transform is None else transform(self.X, epoch)
+        source: _StringSource | _MatrixSource
         if isinstance(self.features, NGramHasher):
-            return _StringSource(self.features, X if isinstance(X, PackedStrings) else PackedStrings(X))
-        source = _MatrixSource(as_csr(X if self.features is None else self.features.transform(X)))
-        if source.X.shape[0] != len(self):
-            raise _core.ShapeError(f"transform: expected {len(self)} examples back, got {source.X.shape[0]}")
+            strings = X if isinstance(X, PackedStrings) else PackedStrings(X)
+            source, n = _StringSource(self.features, strings), len(strings)
+        else:
+            matrix = as_csr(X if self.features is None else self.features.transform(X))
+            source, n = _MatrixSource(matrix), matrix.shape[0]
+        if n != len(self):
+            raise _core.ShapeError(f"transform: expected {len(self)} examples back, got {n}")
         return source
 
     def checksum(self) -> int:
-        parts = (self.X.indices, self.X.data) if sp.issparse(self.X) else getattr(self.X, "arrays", ())
-        value = 0
-        for part in parts:
-            value = zlib.crc32(_bytes(part), value)
-        return value
+        if sp.issparse(self.X):
+            return checksum(self.X.indptr, self.X.indices, self.X.data)
+        return checksum(*getattr(self.X, "arrays", ()))
 
 
 def as_csr(X: Any) -> sp.csr_array:
@@ -201,8 +203,12 @@ def as_csr(X: Any) -> sp.csr_array:
     return csr
 
 
-def _bytes(array: NDArray[Any]) -> memoryview:
-    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+def checksum(*arrays: NDArray[Any]) -> int:
+    """CRC-32 of the arrays' bytes."""
+    value = 0
+    for array in arrays:
+        value = zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data, value)
+    return value
 
 
 @contextmanager

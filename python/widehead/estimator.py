@@ -321,9 +321,12 @@ class Classifier(ClassifierMixin, BaseEstimator):
 
     def _step(self, X: sp.csr_array, target: Any, rate: float, weight: NDArray[Any] | None) -> float:
         options: dict[str, Any] = {"optimizer": self.optimizer, "weight_decay": self.weight_decay}
-        hidden = self.bag_.forward(X)
-        loss, grad = self.head_.step(hidden, target, rate, sample_weight=weight, **options)
-        self.bag_.step(X, grad, rate, **options)
+        try:
+            hidden = self.bag_.forward(X)
+            loss, grad = self.head_.step(hidden, target, rate, sample_weight=weight, **options)
+            self.bag_.step(X, grad, rate, **options)
+        except _core.NonFiniteError as error:
+            raise _core.NonFiniteError(f"training runs away at step {self.bag_.steps + 1}: {error}; lower lr") from None
         return float(loss)
 
     def _hidden(self, X: Any) -> Iterator[NDArray[Any]]:

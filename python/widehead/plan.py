@@ -178,7 +178,7 @@ def plan_linear(job: Job) -> list[Plan]:
     loss = "softmax" if job.loss == "sampled_softmax" else job.loss
     return [
         Plan(
-            head="nn.Linear (torch)",
+            head="nn.Linear",
             loss=loss,
             exact=True,
             ours=False,
@@ -197,7 +197,7 @@ def plan_linear(job: Job) -> list[Plan]:
             ],
             exponentials=2 * logits,
             rate_dtype=job.dtype,
-            note="for comparison",
+            note="torch, for comparison",
         )
     ]
 

@@ -218,7 +218,17 @@ class NGramHasher(Params):
         return _core.transliterate(text=packed.arrays, table=_anyascii.covering(packed.text))
 
 
-def typos(strings: Iterable[str], rate: float = 0.1, *, seed: int, step: int = 0, second: float = 0.2) -> Sequence[str]:
+@overload
+def typos(
+    strings: PackedStrings, rate: float = ..., *, seed: int, step: int = ..., second: float = ...
+) -> PackedStrings: ...
+@overload
+def typos(
+    strings: list[str] | tuple[str, ...], rate: float = ..., *, seed: int, step: int = ..., second: float = ...
+) -> list[str]: ...
+def typos(
+    strings: Iterable[str], rate: float = 0.1, *, seed: int, step: int = 0, second: float = 0.2
+) -> list[str] | PackedStrings:
     """Strings with typing errors, to train on: a list, or packed strings for packed strings.
 
     A character is dropped, doubled or inserted, replaced, or swapped with the next. New letters come from the
@@ -258,13 +268,16 @@ class _Anyascii:
             return self._table
 
     def _add(self, codes: list[int]) -> None:
-        try:
-            from anyascii import anyascii
-        except ImportError:
-            raise ImportError('romanise="anyascii" needs the package anyascii: pip install anyascii') from None
-        for code in codes:
-            surrogate = 0xD800 <= code < 0xE000
-            self._pieces[code] = "" if surrogate else anyascii(chr(code)).casefold()
+        beyond = [code for code in codes if code > 0x7F]
+        self._pieces |= {code: chr(code).casefold() for code in codes if code <= 0x7F}
+        if beyond:
+            try:
+                from anyascii import anyascii
+            except ImportError:
+                raise ImportError('romanise="anyascii" needs the package anyascii: pip install anyascii') from None
+            for code in beyond:
+                surrogate = 0xD800 <= code < 0xE000
+                self._pieces[code] = "" if surrogate else anyascii(chr(code)).casefold()
         ordered = sorted(self._pieces)
         lengths = np.zeros(ordered[-1] + 1, np.int64)
         lengths[ordered] = [len(self._pieces[c]) for c in ordered]

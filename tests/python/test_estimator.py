@@ -296,19 +296,27 @@ def test_a_saved_model_predicts_the_same(tmp_path, dtype):
     assert {k: v for k, v in again.get_params().items()} == model.get_params()
 
 
-def test_arrays_among_the_head_options_are_saved(tmp_path):
+def test_options_may_be_arrays_and_numpy_numbers(tmp_path):
     X, y = toy()
-    model = small(epochs=2, head_options={"proposal": np.linspace(0.5, 2, 12), "label_smoothing": 0.0}).fit(X, y)
+    weight = np.linspace(0.5, 2, 12)
+    options = {"lr": np.float32(0.25), "epochs": np.int64(2), "head_options": {"proposal": weight, "softcap": 30.0}}
+    model = small(**options, checkpoint=tmp_path / "checkpoint").fit(X, y)
     model.save(tmp_path / "model")
     again = Classifier.load(tmp_path / "model")
-    np.testing.assert_array_equal(again.head_options["proposal"], np.linspace(0.5, 2, 12))
-    assert again.head_options["label_smoothing"] == 0.0
-    np.testing.assert_array_equal(again.fit(X, y).head_.weight, model.head_.weight)
-    path = str(tmp_path / "checkpoint")
-    model.set_params(checkpoint=path).fit(X, y)
-    other = small(epochs=2, head_options={"proposal": np.linspace(0.4, 2, 12), "label_smoothing": 0.0})
+    np.testing.assert_array_equal(again.predict(X), model.predict(X))
+    assert again.lr == 0.25 and again.head_options["softcap"] == 30.0
+    np.testing.assert_allclose(again.head_options["proposal"] / again.head_options["proposal"][0], weight / weight[0])
+    done = small(**options, checkpoint=tmp_path / "checkpoint", resume=True).fit(X, y)
+    np.testing.assert_array_equal(done.head_.weight, model.head_.weight)
+    other = {**options, "head_options": {"proposal": weight[::-1], "softcap": 30.0}}
     with pytest.raises(widehead.FileError, match="params"):
-        other.set_params(checkpoint=path, resume=True).fit(X, y)
+        small(**other, checkpoint=tmp_path / "checkpoint", resume=True).fit(X, y)
+
+
+def test_a_fit_that_runs_away_stops():
+    X, y = toy()
+    with pytest.raises(widehead.NonFiniteError, match=r"runs away at step \d+: .*; lower lr"):
+        small(loss="squared_hinge", optimizer="sgd", lr=1e30, normalise=False).fit(X, y)
 
 
 def test_files_that_are_no_models(tmp_path):
@@ -510,6 +518,11 @@ def test_bad_parameters_are_refused_by_name(options, message):
 def test_bad_data_is_refused(X, Y, message):
     with pytest.raises(widehead.Error, match=message):
         small().fit(X, Y)
+
+
+def test_a_transform_that_loses_strings_is_refused():
+    with pytest.raises(widehead.ShapeError, match="transform: expected 36 examples back, got 35"):
+        small(features=NGramHasher(64), transform=lambda strings, epoch: list(strings)[1:]).fit(NAMES, NAMES)
 
 
 def test_weights_that_are_none():

@@ -1,5 +1,6 @@
 """test_text.py -- hashed n-grams against a plain reference, packed strings, romanising, typing errors"""
 
+import sys
 import unicodedata
 from collections import Counter
 
@@ -214,6 +215,17 @@ def test_what_is_not_a_list_of_strings_is_refused(bad):
 def test_bad_options_are_refused_by_name(options, message):
     with pytest.raises(widehead.ShapeError, match=message):
         NGramHasher(**options).transform(["paris"])
+
+
+def test_without_anyascii_only_ascii_can_be_romanised(monkeypatch):
+    from widehead import text
+
+    monkeypatch.setattr(text, "_anyascii", text._Anyascii())
+    monkeypatch.setitem(sys.modules, "anyascii", None)
+    assert NGramHasher().transform(["Paris"]).nnz == NGramHasher(romanise=None).transform(["Paris"]).nnz
+    with pytest.raises(ImportError, match="pip install anyascii"):
+        NGramHasher().transform(["München"])
+    assert NGramHasher(romanise=None).transform(["München"]).nnz > 0
 
 
 def test_it_is_a_transformer():

@@ -1,0 +1,1 @@
+"""widehead/commands -- one module a command of `widehead.cli`."""

@@ -1,0 +1,238 @@
+"""widehead/commands/train.py -- `widehead train`: a data file in, a model out, with its quality and its cost."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..data import Dataset, statistics
+from ..metrics import inverse_propensity
+from ..plan import human_bytes
+from . import common
+
+_LOSSES = ("softmax", "sampled_softmax", "bce", "squared_hinge")
+_EXACT_LIMIT = 50_000  # up to so many classes the exact losses are affordable on a few cores
+
+
+def _held_out(text: str) -> float:
+    value = float(text)
+    if not (0 <= value < 1 or (value >= 1 and value == int(value))):
+        raise ValueError
+    return value
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    common.add_data(parser, "data file (XMC text, text<TAB>labels, lists), or X.npz and Y.npz; may be compressed")
+    parser.add_argument("-o", "--output", required=True, metavar="MODEL", help="safetensors file to write")
+    held = parser.add_mutually_exclusive_group()
+    held.add_argument(
+        "--validation",
+        type=common.number(_held_out, 0, "a share below 1, or a number of points"),
+        default=0.1,
+        metavar="PART",
+        help="hold out this share of the points, drawn by the seed, or this many of the last; 0: none (default: 0.1)",
+    )
+    held.add_argument(
+        "--test", nargs="+", metavar="FILE", help="measure on this data instead, and train on all the rest"
+    )
+
+    model = parser.add_argument_group("model")
+    model.add_argument("--head", choices=("dense",), default="dense", help="output layer (default: dense)")
+    model.add_argument(
+        "--loss", choices=_LOSSES, help=f"default: bce up to {_EXACT_LIMIT} classes, else sampled_softmax"
+    )
+    model.add_argument("--dim", type=common.count, default=256, help="length of the hidden vectors (default: 256)")
+    model.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights")
+    model.add_argument("--scale", type=float, default=8.0, help="length that hidden vectors are given (default: 8)")
+    model.add_argument("--negatives", type=common.count, default=512, help="of sampled softmax, a batch (default: 512)")
+    model.add_argument("--ngrams", type=common.count, nargs=2, default=(2, 4), metavar=("MIN", "MAX"), help="for texts")
+    model.add_argument(
+        "--hash-bits", type=common.number(int, 8, "8 to 30", 30), default=18, help="for texts (default: 18)"
+    )
+
+    fit = parser.add_argument_group("training")
+    fit.add_argument("--epochs", type=common.count, default=10, help="passes over the data (default: 10)")
+    fit.add_argument("--batch-size", type=common.count, default=256, help="points a step (default: 256)")
+    fit.add_argument("--lr", type=float, default=0.1, help="highest learning rate (default: 0.1)")
+    fit.add_argument("--optimizer", choices=("adagrad", "adam", "sgd"), default="adagrad", help="(default: adagrad)")
+    fit.add_argument("--schedule", choices=("linear", "cosine", "constant"), default="linear", help="(default: linear)")
+    fit.add_argument("--weight-decay", type=float, default=0.0, help="(default: 0)")
+    fit.add_argument("--seed", type=int, default=0, help="of weights, order and samples: the same seed, the same model")
+    fit.add_argument("--resume", action="store_true", help="go on from MODEL.checkpoint if a run was cut short")
+    fit.add_argument(
+        "--checkpoint-every", type=float, default=60.0, metavar="S", help="seconds (default: 60); 0: never"
+    )
+
+    out = parser.add_argument_group("results")
+    out.add_argument(
+        "--ks", type=common.count, nargs="+", default=(1, 3, 5), metavar="K", help="places (default: 1 3 5)"
+    )
+    out.add_argument(
+        "--propensity", type=float, nargs=2, default=(0.55, 1.5), metavar=("A", "B"), help="constants of PSP"
+    )
+    out.add_argument("--plot", metavar="PNG", help="draw the loss and the validation precision by epoch")
+    common.add_general(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    common.prepare(arguments)
+    if arguments.plot:
+        _pyplot()  # fail before the work, not after it
+    train, test = _load(arguments)
+    from ..estimator import Classifier  # imports scikit-learn
+
+    watcher = _Watcher(test)
+    checkpoint = f"{arguments.output}.checkpoint" if arguments.checkpoint_every > 0 or arguments.resume else None
+    model = Classifier(**_parameters(arguments, train), checkpoint=checkpoint, callback=watcher)
+    classes = common.single_labels(train)
+    clock, cpu = time.perf_counter(), time.process_time()
+    model.fit(train.points, train.labels if classes is None else classes)
+    seconds, cpu_seconds = (
+        time.perf_counter() - clock - watcher.seconds,
+        time.process_time() - cpu - watcher.cpu_seconds,
+    )
+    model.save(arguments.output)
+    if checkpoint is not None:
+        Path(checkpoint).unlink(missing_ok=True)
+
+    metrics = {}
+    if test is not None:
+        weights = inverse_propensity(train.labels, *arguments.propensity)
+        label = None if arguments.quiet else "evaluating"
+        metrics = common.measure(model, test, arguments.ks, weights, label)
+    if arguments.plot:
+        _plot(arguments.plot, watcher.epochs)
+    _report(arguments, model, train, test, metrics, watcher, seconds, cpu_seconds)
+    return 0
+
+
+def _load(arguments: argparse.Namespace) -> tuple[Dataset, Dataset | None]:
+    whole = common.load(arguments)
+    if arguments.test:
+        return whole, common.load(arguments, arguments.test, n_features=whole.n_features, n_labels=whole.n_labels)
+    if arguments.validation == 0:
+        return whole, None
+    if arguments.validation < 1:
+        return whole.split(arguments.validation, arguments.seed)
+    last = len(whole) - int(arguments.validation)
+    if last < 1:
+        raise ValueError(f"--validation: {int(arguments.validation)} of {len(whole)} points leave none to train on")
+    rows = np.arange(len(whole))
+    return whole.take(rows[:last]), whole.take(rows[last:])
+
+
+def _parameters(arguments: argparse.Namespace, train: Dataset) -> dict[str, Any]:
+    """Arguments of the Classifier."""
+    out = {
+        name: getattr(arguments, name)
+        for name in (
+            *("head", "dim", "dtype", "scale", "negatives", "epochs", "batch_size", "lr", "optimizer", "schedule"),
+            *("weight_decay", "seed", "resume", "checkpoint_every"),
+        )
+    }
+    out["loss"] = arguments.loss or ("bce" if train.n_labels <= _EXACT_LIMIT else "sampled_softmax")
+    out["n_classes"] = train.n_labels
+    out["verbose"] = not arguments.quiet
+    if arguments.checkpoint_every <= 0:
+        out["checkpoint_every"] = float("inf")
+    if train.texts is not None:
+        from ..text import NGramHasher
+
+        out["features"] = NGramHasher(2**arguments.hash_bits, tuple(arguments.ngrams))
+    return out
+
+
+class _Watcher:
+    """Gathers loss and precision of a part of the held-out points after every epoch, and the time that this takes."""
+
+    def __init__(self, test: Dataset | None, points: int = 1000) -> None:
+        self.sample = test.take(np.arange(min(len(test), points))) if test is not None else None
+        self.epochs: list[dict[str, float]] = []
+        self.seconds = self.cpu_seconds = 0.0
+
+    def __call__(self, model: Any, epoch: int, loss: float) -> None:
+        clock, cpu = time.perf_counter(), time.process_time()
+        entry = {"epoch": epoch + 1, "loss": float(loss)}
+        if self.sample is not None:
+            entry["P@1"] = common.measure(model, self.sample, (1,))["P@1"]
+        self.epochs.append(entry)
+        self.seconds += time.perf_counter() - clock
+        self.cpu_seconds += time.process_time() - cpu
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError:
+        raise ImportError("--plot needs matplotlib: pip install 'widehead[plot]'") from None
+    return pyplot
+
+
+def _plot(path: str, epochs: list[dict[str, float]]) -> None:
+    pyplot = _pyplot()
+    figure, left = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    x = [entry["epoch"] for entry in epochs]
+    left.plot(x, [entry["loss"] for entry in epochs], "o-", color="tab:blue", label="training loss")
+    left.set(xlabel="epoch", ylabel="training loss")
+    if epochs and "P@1" in epochs[0]:
+        right = left.twinx()
+        right.plot(x, [100 * entry["P@1"] for entry in epochs], "s--", color="tab:orange", label="P@1")
+        right.set(ylabel="P@1 on held-out points, %")
+    figure.legend(loc="upper center", ncols=2)
+    left.xaxis.get_major_locator().set_params(integer=True)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def _report(
+    arguments: argparse.Namespace,
+    model: Any,
+    train: Dataset,
+    test: Dataset | None,
+    metrics: dict[str, float],
+    watcher: _Watcher,
+    seconds: float,
+    cpu_seconds: float,
+) -> None:
+    size = Path(arguments.output).stat().st_size
+    if arguments.json:
+        common.print_json(
+            {
+                "output": arguments.output,
+                "train": statistics(train),
+                "test_points": len(test) if test is not None else 0,
+                "parameters": {k: v for k, v in model.get_params(deep=False).items() if json_able(v)},
+                "epochs": watcher.epochs,
+                "metrics": metrics,
+                "train_seconds": seconds,
+                "train_cpu_seconds": cpu_seconds,
+                "peak_bytes": common.peak_memory(),
+                "model_bytes": size,
+            }
+        )
+        return
+    tables = []
+    if metrics and test is not None:
+        tables.append(common.metric_table(f"Quality on {len(test):,} points not trained on", metrics))
+    cost = [
+        ("training points", f"{len(train):,}"),
+        ("classes", f"{train.n_labels:,}"),
+        ("loss, last epoch", f"{model.history_[-1]['loss']:.4g}" if model.history_ else "-"),
+        ("training time", f"{seconds:.1f} s"),
+        ("processor time", f"{cpu_seconds:.1f} s"),
+        ("peak memory of the process", human_bytes(common.peak_memory())),
+        (f"model {arguments.output}", human_bytes(size)),
+    ]
+    common.show(*tables, common.value_table(f"{model.loss}, d = {model.dim}, {model.epochs} epochs", cost))
+
+
+def json_able(value: Any) -> bool:
+    return value is None or isinstance(value, (str, int, float, bool))
