@@ -22,7 +22,8 @@
 namespace widehead::cpu {
 namespace {
 
-// Accumulators of dH, one a partition, may take this much before the batch is walked instead of the classes.
+// What the partitions keep apart (accumulators of dH, lists of the best, sums) may take this much in all, as far as
+// kPartitions allow; past it the gradient walks the batch instead of the classes.
 constexpr std::size_t kPartialBytes = std::size_t{32} << 20;
 
 struct Partition {
@@ -30,9 +31,11 @@ struct Partition {
   i64 first(i64 p) const { return tiles * p / count; }
 };
 
-Partition partition(i64 classes, i64 tile) {
+// At least 16 tiles each, so that their own results weigh little; 8 to 64 of them, whatever the number of threads.
+Partition partition(i64 classes, i64 tile, std::size_t bytes_each) {
   const i64 tiles = (classes + tile - 1) / tile;
-  return {tiles, std::min(tiles, std::clamp<i64>(tiles / 16, 8, 64))};
+  const auto fit = static_cast<i64>(kPartialBytes / std::max<std::size_t>(1, bytes_each));
+  return {tiles, std::min(tiles, std::clamp<i64>(std::min(tiles / 16, fit), 8, 64))};
 }
 
 template <class Real>
@@ -152,7 +155,7 @@ void forward_as(const DenseForward& args, const Kernels& k) {
   const i64 batch = layer.hidden.rows, classes = layer.weight.rows;
   const Prepared in(args.target, args.loss, classes);
   const DenseGeometry g = k.dense.geometry(layer.weight.dtype, batch, layer.hidden.cols, classes);
-  const Partition parts = partition(classes, g.tile);
+  const Partition parts = partition(classes, g.tile, Partials<Real>::size(g, batch, 1));
   const auto entry_bytes = in.entries.size() * sizeof(Real);
   Arena a(workspace(Slot::call, Partials<Real>::size(g, batch, parts.count) + g.columns_bytes + entry_bytes + 256));
   const DenseContext ctx = reading_context(layer, args.loss, in, g, a);
@@ -224,7 +227,7 @@ class Backward {
         batch_(args.layer.hidden.rows),
         in_(args.target, args.loss, args.layer.weight.rows),
         g_(k.dense.geometry(args.layer.weight.dtype, batch_, args.layer.hidden.cols, args.layer.weight.rows)),
-        parts_(partition(args.layer.weight.rows, g_.tile)) {
+        parts_(partition(args.layer.weight.rows, g_.tile, args.grad_hidden ? g_.grad_bytes : 0)) {
     in_.take_gradients(args);
   }
 
@@ -326,8 +329,8 @@ void topk_as(const DenseTopK& args, const Kernels& k) {
   loss.softcap = args.softcap;
   const Prepared in;
   const DenseGeometry g = k.dense.geometry(layer.weight.dtype, batch, layer.hidden.cols, classes);
-  const Partition parts = partition(classes, g.tile);
   const auto cells = static_cast<std::size_t>(batch * width);
+  const Partition parts = partition(classes, g.tile, cells * (sizeof(Real) + sizeof(i64)));
   const std::size_t lists =
       static_cast<std::size_t>(parts.count) * (cells * (sizeof(Real) + 8) + static_cast<std::size_t>(batch) * 8 + 256);
   Arena a(workspace(Slot::call,
@@ -395,7 +398,7 @@ void dense_logits(const DenseLogits& args) {
   loss.softcap = args.softcap;
   const Prepared in;
   const DenseGeometry g = k.dense.geometry(layer.weight.dtype, layer.hidden.rows, layer.hidden.cols, layer.weight.rows);
-  const Partition parts = partition(layer.weight.rows, g.tile);
+  const Partition parts = partition(layer.weight.rows, g.tile, 0);
   Arena a(workspace(Slot::call, g.columns_bytes + 256));
   const DenseContext ctx = reading_context(layer, loss, in, g, a);
   pack(k, ctx, g, false);
