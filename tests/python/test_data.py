@@ -269,6 +269,7 @@ def test_bad_text(tmp_path, monkeypatch, text, match, block):
         (b"0 1\n1 x\n", ":2: item 'x' is not a whole number"),
         (b"0 1\n-1 2\n", ":2: row '-1' is not a whole number"),
         (b"0 1\n1 2147483647\n", r":2: item 2147483647 is outside 0\.\.2147483646"),
+        (b"0\x0b1\n", ":1: a control character"),
         (b"0 1\n2000000000 1\n", "row number 2000000000 in a file of 2 lines"),
     ],
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -86,7 +86,7 @@ def _numbers(names: str) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]
     return np.diff(newlines, prepend=-1), np.fromstring(raw.replace(b",", b" "), np.float64, sep=" ")
 
 
-def _explain(path: Path, first: int, rows: list[str], limit: int) -> None:
+def _explain(path: Path, first: int, rows: list[str], limit: int) -> NoReturn:
     """Raises the error of the first wrong line."""
     for line, row in enumerate(rows, first):
         text, tab, names = row.removesuffix("\r").rpartition("\t")
@@ -103,6 +103,7 @@ def _explain(path: Path, first: int, rows: list[str], limit: int) -> None:
                 fail(path, line, f"label {shown(name)} is not a whole number")
             if len(name.lstrip("0")) > 18 or int(name) >= limit:
                 fail(path, line, f"label {shown(name)[1:-1]} is outside 0..{limit - 1}")
+    fail(path, first, "expected text<TAB>label,label")
 
 
 def _ones(counts: Any, indices: Any, width: int | None) -> scipy.sparse.csr_array:
@@ -181,7 +182,6 @@ def load_lists(
         first[starts[lengths > 0]] = True
         if numbers is None or np.any(numbers >= np.where(first, limits[0], limits[1])):
             _explain_lists(path, line, fields, limits)
-        assert numbers is not None
         heads = numbers[first].astype(np.int32)
         rows.append(np.repeat(heads, lengths[lengths > 0] - 1))
         items.append(numbers[~first].astype(np.int32))
@@ -201,7 +201,7 @@ def load_lists(
     return out
 
 
-def _explain_lists(path: Path, first: int, fields: list[list[bytes]], limits: list[int]) -> None:
+def _explain_lists(path: Path, first: int, fields: list[list[bytes]], limits: list[int]) -> NoReturn:
     """Raises the error of the first wrong line."""
     for line, tokens in enumerate(fields, first):
         for place, token in enumerate(tokens):
@@ -210,3 +210,4 @@ def _explain_lists(path: Path, first: int, fields: list[list[bytes]], limits: li
                 fail(path, line, f"{what} {shown(token)} is not a whole number")
             if len(token.lstrip(b"0")) > 18 or int(token) >= limit:
                 fail(path, line, f"{what} {shown(token)[1:-1]} is outside 0..{limit - 1}")
+    fail(path, first, "a control character in this line or one of the next")
