@@ -25,7 +25,7 @@ from widehead.demo.options import Options
 from widehead.demo.places import Country, Examples, Places
 from widehead.demo.query import QueryParser
 from widehead.demo.resolver import Resolver
-from widehead.demo.train import Meter, train
+from widehead.demo.train import Meter, targets, train
 from widehead.errors import DataError
 from widehead.labels import Labels
 
@@ -279,6 +279,19 @@ def test_it_learns_and_counts_everything(resolver: Resolver) -> None:
         assert sum(part["names"] for part in measured[groups].values()) == n
     assert measured["no_known_letter"] == 0
     json.dumps(measured)
+
+
+def test_namesakes_share_a_name_by_their_size() -> None:
+    cities = {
+        "1": city("Paris", "Lutetia", population=99_000),
+        "2": city("Paris", country="US", population=8000),
+        "3": city("Rome", population=0),
+    }
+    weights = targets(data.build(cities, COUNTRIES, share=0.0))
+    # sqrt(100000) : sqrt(9000), then names of one place
+    share = 1 / (1 + (9 / 100) ** 0.5)
+    assert weights.indices.tolist() == [0, 1, 0, 2]
+    assert weights.values == pytest.approx([share, 1 - share, 1, 1], rel=1e-6)
 
 
 def test_names_without_a_known_letter_are_counted(resolver: Resolver) -> None:

@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--cache", type=Path, metavar="DIR", help="folder of data and model (default: the user's cache)"
     )
     general.add_argument("--results", type=Path, metavar="FILE", help="write the results there, too, as JSON")
-    common.add_general(general)
+    common.add_general(parser)
 
 
 def _add(group: Any, name: str, kind: Any, default: Any, text: str, metavar: str | None = None) -> None:
@@ -71,7 +71,7 @@ def _add(group: Any, name: str, kind: Any, default: Any, text: str, metavar: str
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from ..demo.places import ATTRIBUTION, default_folder
+    from ..demo.places import ATTRIBUTION, default_folder, fold
     from ..demo.report import quality_tables
     from ..demo.store import Store, write_json
 
@@ -108,16 +108,23 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     for table in quality_tables(results):
         console.print(table)
-    console.print("A few questions, most of them misspelt:", highlight=False)
+    console.print("A few questions:", highlight=False)
+    known = set(resolver.places.train.names)
     for text in EXAMPLES:
-        _answer(resolver, text, arguments, console, k=3)
+        seen = fold(resolver.parse(text).name) in known
+        _answer(resolver, text, arguments, console, 3, "" if seen else " (a spelling that is not in the training data)")
     console.print('Your turn: `widehead demo --ask "Muenchn"`, or `widehead demo --ask` for a prompt.', highlight=False)
     console.print(ATTRIBUTION, highlight=False)
     return 0
 
 
 def _answer(
-    resolver: Resolver, text: str, arguments: argparse.Namespace, console: Console, k: int | None = None
+    resolver: Resolver,
+    text: str,
+    arguments: argparse.Namespace,
+    console: Console,
+    k: int | None = None,
+    note: str = "",
 ) -> None:
     from ..demo.report import answer_table
 
@@ -138,7 +145,7 @@ def _answer(
         ]
         common.print_json({"query": query.name, "country": country, "candidates": found})
     else:
-        console.print(answer_table(query, candidates, country))
+        console.print(answer_table(query, candidates, country, note))
 
 
 def _prompt(resolver: Resolver, arguments: argparse.Namespace, console: Console) -> None:

@@ -108,12 +108,13 @@ def _bins(places: Places) -> NDArray[Any]:
 
 
 def _by(groups: NDArray[Any], hits: NDArray[np.bool_], few: int) -> dict[str, dict[str, float]]:
-    """Quality by group, largest group first; groups of fewer than `few` names together as "other"."""
+    """Quality by group, largest group first; groups of fewer than `few` names together as "other", last."""
     names, counts = np.unique(groups, return_counts=True)
     small = names[counts < few]
     groups = np.where(np.isin(groups, small), "other", groups)
     names, counts = np.unique(groups, return_counts=True)
-    return {str(name): quality(hits[groups == name]) for name in names[np.argsort(-counts, kind="stable")]}
+    order = np.lexsort((-counts, names == "other"))
+    return {str(name): quality(hits[groups == name]) for name in names[order]}
 
 
 def _no_known_letter(places: Places) -> int:

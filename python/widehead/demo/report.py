@@ -66,7 +66,7 @@ def _parts(results: Mapping[str, Any]) -> Table:
     row("with one typing error", quality["with_typo"], last=True)
     groups = list(quality["by_training_names"].items())
     for i, (name, values) in enumerate(groups):
-        row(f"place has {name} training name{'s' * (name != '1')}", values, last=i + 1 == len(groups))
+        row(f"place of {name} training name{'s' * (name != '1')}", values, last=i + 1 == len(groups))
     for name, values in quality["by_script"].items():
         row(f"script {name}" if name != "other" else "other scripts", values)
     return table
@@ -94,9 +94,9 @@ def _cost(results: Mapping[str, Any]) -> Table:
     return table
 
 
-def answer_table(query: Query, candidates: list[Candidate], country: str | None) -> Table:
-    """The answers to a question."""
-    title = f"[bold]{escape(query.name)}[/bold]" + (f" in {escape(country)}" if country else "")
+def answer_table(query: Query, candidates: list[Candidate], country: str | None, note: str = "") -> Table:
+    """The answers to a question; `note` stands behind it."""
+    title = f"[bold]{escape(query.name)}[/bold]" + (f" in {escape(country)}" if country else "") + note
     table = _table(title)
     for column in ("chance", "place", "population", "latitude", "longitude"):
         table.add_column(column, justify="left" if column == "place" else "right")

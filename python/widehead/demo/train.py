@@ -6,7 +6,7 @@ import contextlib
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,9 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..estimator import Classifier
+from ..labels import Labels
 from ..text import NGramHasher, PackedStrings, typos
 from .options import Options
 from .places import Places
+
+_EVEN = 0.3  # share of the negatives that are drawn evenly
+_HAMLET = 1000  # inhabitants that every place is given on top: a population of 0 mostly means that nobody knows it
 
 
 @dataclass(frozen=True)
@@ -84,15 +88,25 @@ def train(
         callback=callback,
         verbose=progress,
     )
-    model.fit(places.train.names, places.train.labels)
+    model.fit(places.train.names, targets(places))
     return model, meter.read()
 
 
+def targets(places: Places) -> Labels:
+    """The training labels; namesakes share a name's weight by the square root of their populations, so that the larger
+    place comes first where nothing else tells them apart."""
+    labels = places.train.labels
+    size = np.sqrt(places.population[labels.indices] + float(_HAMLET))
+    total = np.add.reduceat(size, labels.indptr[:-1])
+    values = (size / np.repeat(total, np.diff(labels.indptr))).astype(np.float32)
+    return Labels(labels.indptr, labels.indices, values, labels.n_classes)
+
+
 def _proposal(places: Places) -> NDArray[np.float64]:
-    """Where negatives come from: half of them by their number of names, as the classes with many names are those that
-    win too easily; half evenly, so that every class is told from its like."""
+    """Where negatives come from: most of them by the number of names, as the targets do, so that places with many names
+    are held down as often as they are held up; the rest evenly, so that every place is told from its like."""
     frequency = np.bincount(places.train.labels.indices, places.train.labels.values, len(places))
-    return 0.5 * frequency / frequency.sum() + 0.5 / len(places)
+    return (1 - _EVEN) * frequency / frequency.sum() + _EVEN / len(places)
 
 
 class _Typist:
@@ -101,5 +115,5 @@ class _Typist:
     def __init__(self, rate: float, seed: int) -> None:
         self.rate, self.seed = rate, seed
 
-    def __call__(self, names: PackedStrings, epoch: int) -> PackedStrings:
+    def __call__(self, names: PackedStrings, epoch: int) -> Sequence[str]:
         return typos(names, self.rate, seed=self.seed, step=epoch)
