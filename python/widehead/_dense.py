@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from . import _core
 from ._arrays import as_batch, check_finite, example_weights
-from ._core import DtypeError, Error, NonFiniteError, ShapeError
+from ._core import DtypeError, NonFiniteError, ShapeError
 from ._head import Head
 from ._optimizer import ROUNDINGS
 from ._results import ForwardResult, Reduction, StepResult, TopKResult
@@ -42,7 +42,8 @@ class DenseHead(Head):
         proposal: where negatives come from: "uniform", "log_uniform" or `[n_classes]` positive weights.
         bias: whether classes have a bias.
         reduction: "mean" (softmax: divided by the class weights of the targets that count, as in torch; multi-label: by
-            the number of examples; sample weights count as so many examples), "sum" or "none".
+            the number of examples; sample weights count as so many examples; 0 where all that sums to 0), "sum" or
+            "none".
         dtype: "float32", "bfloat16" or "float64" of the weights. bfloat16 weights multiply hidden rounded to bfloat16
             and are accumulated in float32; float64 is for checks.
         seed: of the first weights, the negatives and stochastic rounding.
@@ -375,7 +376,8 @@ class DenseHead(Head):
                 an example.
 
         Returns:
-            scores and int64 classes `[..., k]`. Where fewer than k classes are left, the rest is -infinity and -1.
+            scores and int64 classes `[..., k]`. Where fewer than k classes are left, the rest is -infinity and -1; a
+            class whose logit is -infinity (a masked one) or NaN is never chosen.
         """
         rows, shape = as_batch(hidden, self.in_features)
         if not isinstance(k, int | np.integer) or k < 1:

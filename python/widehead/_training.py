@@ -128,6 +128,18 @@ def encode(
     return Targets(ids.astype(np.int64), len(known)), known
 
 
+def log_odds(targets: Targets) -> NDArray[np.float32]:
+    """The log-odds of each class among the examples, `[n_classes]`; a tenth of an example is added to each count.
+
+    With a bias of 0 every class begins at a probability of a half, and the first epochs go into unlearning that for
+    very many classes (Lin et al., "Focal Loss", arXiv 1708.02002, section 4.1).
+    """
+    labels = targets.rows.indices if isinstance(targets.rows, Labels) else targets.rows
+    share = (np.bincount(labels, minlength=targets.n_classes) + 0.1) / (len(targets) + 0.2)
+    share = np.minimum(share, 0.99)  # one label an example may stand in the list several times
+    return np.log(share / (1.0 - share)).astype(np.float32)
+
+
 class Source(Protocol):
     """Examples of one epoch."""
 

@@ -1,4 +1,4 @@
-"""widehead/cli.py -- the command `widehead`: finds the subcommand, runs it, turns errors into one line and an exit code.
+"""widehead/cli.py -- the command `widehead`: runs a subcommand, turns errors into one line and an exit code.
 
 Each command is a module of `widehead.commands` with `add_arguments(parser)` and `run(arguments)`. Only the one that was
 asked for is imported, so that `--help` need not wait for packages that it does not use.

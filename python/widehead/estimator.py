@@ -13,7 +13,7 @@ import scipy.sparse as sp
 from numpy.typing import NDArray
 
 from . import _checkpoint, _core
-from ._training import SCHEDULES, Examples, Targets, encode, order_of, progress, rate_at
+from ._training import SCHEDULES, Examples, Targets, encode, log_odds, order_of, progress, rate_at
 from .bag import EmbeddingBag
 from .numpy import DenseHead
 
@@ -45,7 +45,8 @@ class Classifier(ClassifierMixin, BaseEstimator):
     Args:
         head: kind of output layer: ``"dense"``.
         dim: length of the hidden vectors.
-        loss: ``"sampled_softmax"``, ``"softmax"``, ``"bce"`` or ``"squared_hinge"``.
+        loss: ``"sampled_softmax"``, ``"softmax"``, ``"bce"`` or ``"squared_hinge"``. ``"bce"`` starts with each class's
+            bias at its log-odds among the examples.
         negatives: classes that sampled softmax draws for a batch.
         epochs, batch_size: passes over the data, examples a step.
         lr: highest learning rate.
@@ -318,6 +319,8 @@ class Classifier(ClassifierMixin, BaseEstimator):
             seed=self.seed + 1,
         )
         self.head_ = _HEADS[self.head](self.dim, self.n_classes_, loss=self.loss, **shared, **options)
+        if self.loss == "bce" and self.head_.bias is not None:
+            self.head_.bias = log_odds(targets)
 
     def _step(self, X: sp.csr_array, target: Any, rate: float, weight: NDArray[Any] | None) -> float:
         options: dict[str, Any] = {"optimizer": self.optimizer, "weight_decay": self.weight_decay}

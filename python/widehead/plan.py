@@ -92,12 +92,11 @@ class Plan:
         return sum(term.value for term in self.memory)
 
     def seconds(self, machine: Machine) -> float:
-        """Time of a step: the arithmetic or the traffic, whichever takes longer."""
+        """Time of a step: the arithmetic or the traffic, whichever takes longer, or both where nothing is fused."""
         arithmetic = sum(t.value for t in self.flops) / machine.flops[self.rate_dtype]
-        return max(
-            arithmetic + self.exponentials / machine.exponentials,
-            sum(t.value for t in self.traffic) / machine.bandwidth,
-        )
+        arithmetic += self.exponentials / machine.exponentials
+        traffic = sum(t.value for t in self.traffic) / machine.bandwidth
+        return max(arithmetic, traffic) if self.fused else arithmetic + traffic
 
     def as_dict(self, machine: Machine, batch: int) -> dict[str, object]:
         """All of it as plain values for JSON; bytes, seconds, examples a second."""

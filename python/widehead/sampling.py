@@ -23,7 +23,7 @@ from .labels import check_range
 
 NAMES = ("uniform", "log_uniform", "alias")
 
-# The position of a label that does not count. The head's own ignore_index could be a position of some class: 0 is popular.
+# The position of a label that does not count: the head's own ignore_index, which is often 0, could be one of a class.
 IGNORED = -100
 
 

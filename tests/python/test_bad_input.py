@@ -287,7 +287,6 @@ HEAD_CALLS: list[tuple[Callable[[DenseHead], Any], type[Exception], str]] = [
     (lambda h: h.step(HIDDEN, [0] * 4, 0.1, "lion"), ShapeError, "optimizer: expected one of 'sgd', .* got 'lion'"),
     (lambda h: h.step(HIDDEN, [0] * 4, 0.1, rounding="up"), ShapeError, "rounding: expected one of .*, got 'up'"),
     (lambda h: h.step(HIDDEN, [0] * 4, np.nan), ShapeError, "lr"),
-    (lambda h: h.step(HIDDEN, [0] * 4, 0.1, "momentum", momentum=0.0), ShapeError, "momentum"),
     (lambda h: h.step(HIDDEN, [0] * 4, 0.1, sample_weight=[1, 2]), ShapeError, r"sample_weight: .*\[4\], got \[2\]"),
     (lambda h: h.step(HIDDEN, [0] * 4, 0.1, sample_weight=[1, 1, 1, -1]), NonFiniteError, "sample_weight"),
     (lambda h: h.topk(HIDDEN, 0), ShapeError, "k: expected an integer of at least 1, got 0"),

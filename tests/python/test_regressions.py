@@ -89,6 +89,19 @@ def test_filter_still_skips_what_is_small(isa: str) -> None:
     assert (got["grad_weight"] == 0).all() and 0 < np.abs(exact["grad_bias"]).max() < 4e-3
 
 
+def test_filtered_tiles_have_a_bias_gradient() -> None:
+    """With a fused step of plain SGD a skipped tile left its part of grad_bias as it was."""
+    weight, rows, grad_bias = batch(N, seed=1), np.zeros(4, np.float32), np.full(N, np.nan, np.float32)
+    weight[:4] += 40 * batch(4)
+    layer = {"hidden": batch(4), "weight": weight, "bias": np.zeros(N, np.float32), "loss": "softmax"}
+    target = {"indptr": None, "indices": np.arange(4), "values": None}
+    update = {"optimizer": "sgd", "lr": 0.1, "step": 1}
+    _core.dense_forward(**layer, **target, losses=None, output=None, lse=rows)
+    incoming = {"lse": rows, "grad_losses": np.ones(4, np.float32)}
+    assert _core.dense_backward(**layer, **target, **incoming, grad_bias=grad_bias, update=update, filter_eps=1e-3) > 0
+    assert (grad_bias == 0).all()
+
+
 def test_label_smoothing_over_a_masked_class_is_infinite(isa: str) -> None:
     """As torch.nn.functional.cross_entropy; it was infinity minus infinity."""
     head = DenseHead(8, N, label_smoothing=0.1, reduction="none")
@@ -149,3 +162,16 @@ def test_unsorted_csr_rows_and_small_integer_types() -> None:
     assert indices.tolist() == [5, 2, 9, 1]
     losses = {DenseHead(8, 10).forward(batch(3), np.array([1, 2, 9], kind)).loss for kind in ("u1", "i4", "i8")}
     assert len(losses) == 1
+
+
+NANS = (("float32", 0x7FC00000), ("float32", 0x7FC00001), ("float32", 0xFFFFFFFF), ("float64", 2**64 - 1))
+
+
+@pytest.mark.parametrize(("dtype", "bits"), NANS)
+@pytest.mark.parametrize("options", [{}, {"softcap": 3.0}, {"loss": "bce"}, {"loss": "squared_hinge"}])
+def test_any_nan_stays_nan(isa: str, dtype: str, bits: int, options: dict[str, Any]) -> None:
+    """The payload of a NaN, as in memory of all ones, became the exponent of exp and the loss a number."""
+    head = DenseHead(8, 60, dtype=dtype, **options)
+    assert head.bias is not None
+    head.bias.view(f"u{head.bias.itemsize}")[5] = bits
+    assert np.isnan(head.forward(np.ones((3, 8), dtype), np.arange(3)).loss)

@@ -85,13 +85,13 @@ struct DenseScores {
 };
 void dense_scores(const DenseScores& args);
 
-// The k best classes, best first; equal scores in order of class. Rows with fewer than k classes left by `exclude`
-// end with score -infinity and class -1.
+// The k best classes, best first; equal scores in order of class. A class whose logit is -infinity (a masked one) or NaN
+// is never among them. Rows with fewer than k classes left end with score -infinity and class -1.
 struct DenseTopK {
   DenseLayer layer = {};
   double softcap = 0.0;
   std::int64_t k = 1;
-  const std::int64_t* exclude_indptr = nullptr;   // [B + 1] or null: classes that must not appear, CSR
+  const std::int64_t* exclude_indptr = nullptr;   // [B + 1] or null: classes that must not appear, CSR; any numbers
   const std::int64_t* exclude_indices = nullptr;  // [nnz]
   AnyMatrix scores = {};                          // [B, k] float32 | float64
   Matrix<std::int64_t> classes = {};              // [B, k]

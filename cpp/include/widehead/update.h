@@ -14,6 +14,7 @@ const char* name_of(Rounding rounding);
 // sgd      g += weight_decay w;  with momentum: m = momentum m + g, g = m;   w -= lr g          (torch.optim.SGD)
 // adam     w -= lr weight_decay w;  m, v moments with bias correction;  w -= lr m^ / (sqrt(v^) + eps)  (torch.optim.AdamW)
 // adagrad  v_row += mean(g_row^2);  w -= lr g / (sqrt(v_row) + eps)            one number of state a row
+// An eps of 0 makes 0 / 0 = NaN of an element that has never had a gradient, as in torch.
 // Moments are float32 (float64 for float64 weights). Rounding applies to bfloat16 weights only; kahan keeps the lost bits
 // in `compensation`, itself bfloat16.
 struct Update {

@@ -7,9 +7,31 @@ namespace widehead::cpu::WIDEHEAD_ISA_NAME {
 // exp(x) for x <= 88 (709 in double); exactly 0 below the smallest normal result, NaN for NaN.
 // exp(x) = 2^n exp(r), n = round(x / ln 2), r = x - n ln 2 in two parts; the integer n is read from the low bits that adding
 // 1.5 * 2^mantissa leaves, so no conversion instruction is needed; unsigned, for lanes below the range wrap around before they
-// are dropped.
-WIDEHEAD_INLINE Vec<float> exp(Vec<float> x) {
+// are dropped. The bits of a NaN would end up in the exponent and make it a number: AVX-512 has an instruction that knows better.
+WIDEHEAD_INLINE Vec<float> scale_by_power(Vec<float> p, Vec<float> shifted, Vec<float> n, Vec<float> x) {
+#if WIDEHEAD_VECTOR_BYTES == 64
+  (void)shifted, (void)x;
+  return (Vec<float>)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
   typedef uint32_t U __attribute__((vector_size(WIDEHEAD_VECTOR_BYTES)));  // infinities wrap around
+  (void)n;
+  const Vec<float> y = (Vec<float>)((U)p + ((U)shifted << 23));
+  return x == x ? y : x;
+#endif
+}
+WIDEHEAD_INLINE Vec<double> scale_by_power(Vec<double> p, Vec<double> shifted, Vec<double> n, Vec<double> x) {
+#if WIDEHEAD_VECTOR_BYTES == 64
+  (void)shifted, (void)x;
+  return (Vec<double>)_mm512_scalef_pd((__m512d)p, (__m512d)n);
+#else
+  typedef uint64_t U __attribute__((vector_size(WIDEHEAD_VECTOR_BYTES)));
+  (void)n;
+  const Vec<double> y = (Vec<double>)((U)p + ((U)shifted << 52));
+  return x == x ? y : x;
+#endif
+}
+
+WIDEHEAD_INLINE Vec<float> exp(Vec<float> x) {
   const Vec<float> shifted = x * 1.44269504088896341f + 12582912.0f;
   const Vec<float> n = shifted - 12582912.0f;
   Vec<float> r = x - n * 0.693359375f;
@@ -21,11 +43,9 @@ WIDEHEAD_INLINE Vec<float> exp(Vec<float> x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.0f;
-  const Vec<float> y = (Vec<float>)((U)p + ((U)shifted << 23));
-  return x < -87.0f ? Vec<float>{} : y;
+  return x < -87.0f ? Vec<float>{} : scale_by_power(p, shifted, n, x);
 }
 WIDEHEAD_INLINE Vec<double> exp(Vec<double> x) {
-  typedef uint64_t U __attribute__((vector_size(WIDEHEAD_VECTOR_BYTES)));
   const Vec<double> shifted = x * 1.4426950408889634074 + 6755399441055744.0;
   const Vec<double> n = shifted - 6755399441055744.0;
   Vec<double> r = x - n * 6.93147180369123816490e-1;
@@ -45,8 +65,7 @@ WIDEHEAD_INLINE Vec<double> exp(Vec<double> x) {
                                           1.0,
                                           1.0};
   for (double c : kInverseFactorial) p = p * r + c;
-  const Vec<double> y = (Vec<double>)((U)p + ((U)shifted << 52));
-  return x < -708.0 ? Vec<double>{} : y;
+  return x < -708.0 ? Vec<double>{} : scale_by_power(p, shifted, n, x);
 }
 
 // log(1 + u) for 0 <= u <= 1, as 2 atanh(u / (2 + u)).

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _SERVE = 4096  # points at a time in predictions
 
 
-def number(kind: type, least: float, what: str, most: float | None = None) -> Callable[[str], Any]:
+def number(kind: Callable[[str], Any], least: float, what: str, most: float | None = None) -> Callable[[str], Any]:
     """A type for argparse: a number with bounds, and a message that says so."""
 
     def parse(text: str) -> Any:
@@ -43,13 +43,13 @@ def number(kind: type, least: float, what: str, most: float | None = None) -> Ca
 count = number(int, 1, "a whole number of at least 1")
 
 
-def add_data(parser: argparse.ArgumentParser, help: str = "data file, or X.npz and Y.npz") -> None:
+def add_data(parser: argparse._ActionsContainer, help: str = "data file, or X.npz and Y.npz") -> None:
     """The positional argument `data` and its options."""
     parser.add_argument("data", nargs="+", metavar="FILE", help=help)
     parser.add_argument("--format", choices=datafiles.FORMATS, help="of the data file; found out where not given")
 
 
-def add_general(parser: argparse.ArgumentParser) -> None:
+def add_general(parser: argparse._ActionsContainer) -> None:
     """Options that every command with work to do has."""
     parser.add_argument("--threads", type=count, help="number of threads (default: all cores)")
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
@@ -74,6 +74,13 @@ def load(arguments: argparse.Namespace, files: list[str] | None = None, **sizes:
         progress=not arguments.quiet,
         **sizes,
     )
+
+
+def same_kind(dataset: datafiles.Dataset, texts: bool) -> None:
+    """Raises DataError where a data set holds features but texts are wanted, or the other way round."""
+    if (dataset.texts is not None) != texts:
+        wanted, found = ("texts", "features") if texts else ("features", "texts")
+        raise datafiles.DataError(f"expected data with {wanted}, as the model was trained on, got {found}")
 
 
 def measure(
@@ -115,7 +122,7 @@ def print_json(value: Mapping[str, Any]) -> None:
 def metric_table(title: str, metrics: Mapping[str, float]) -> Table:
     """A table with a row a metric and a column a place, in per cent."""
     places = sorted({int(name.partition("@")[2]) for name in metrics})
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", min_width=len(title) + 2)
     table.add_column("%")
     for place in places:
         table.add_column(f"@{place}", justify="right")
@@ -126,7 +133,8 @@ def metric_table(title: str, metrics: Mapping[str, float]) -> Table:
 
 def value_table(title: str, rows: Iterable[tuple[str, str]]) -> Table:
     """A table of names and values."""
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", show_header=False)
+    width = len(title) + 2
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", show_header=False, min_width=width)
     table.add_column()
     table.add_column(justify="right")
     for name, value in rows:

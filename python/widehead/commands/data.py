@@ -1,11 +1,10 @@
-"""widehead/commands/data.py -- `widehead data`: statistics of a data file, conversion, splitting, sets to begin with."""
+"""widehead/commands/data.py -- `widehead data`: statistics, conversion, splitting, sets to begin with."""
 
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
-
-from rich.console import Console
 
 from .. import data
 from ..data.recipes import RECIPES
@@ -90,7 +89,9 @@ def _done(arguments: argparse.Namespace, result: dict[str, object]) -> None:
     if arguments.json:
         common.print_json(result)
     elif not arguments.quiet:
-        Console(stderr=True).print(f"wrote {result['files']}, points: {result['points']}")
+        files = result["files"]
+        assert isinstance(files, list)
+        print("wrote " + ", ".join(files), file=sys.stderr)
 
 
 def _fetch(arguments: argparse.Namespace) -> None:
@@ -103,5 +104,5 @@ def _fetch(arguments: argparse.Namespace) -> None:
         return
     folder = Path(arguments.output or arguments.name)
     folder.mkdir(parents=True, exist_ok=True)
-    files = RECIPES[arguments.name].build(folder, not arguments.quiet)
-    _done(arguments, {"points": "see `widehead data stats`", "files": [str(path) for path in files]})
+    files = RECIPES[arguments.name].build(folder)
+    _done(arguments, {"files": [str(path) for path in files]})

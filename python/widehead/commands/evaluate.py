@@ -29,6 +29,7 @@ def run(arguments: argparse.Namespace) -> int:
     model = Classifier.load(arguments.model)
     wide = None if model.features is not None else model.n_features_in_
     dataset = common.load(arguments, n_features=wide, n_labels=model.n_classes_)
+    common.same_kind(dataset, model.features is not None)
     weights = None
     if arguments.train_labels:
         weights = inverse_propensity(_labels(arguments, model.n_classes_), *arguments.propensity)

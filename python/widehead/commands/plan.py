@@ -93,11 +93,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _table(job: planning.Job, plans: list[planning.Plan], place: Machine, examples: int | None) -> Table:
     title = f"D = {job.n_classes:,} classes, d = {job.in_features:,}, B = {job.batch:,}, {job.dtype}, {job.optimizer}"
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False, padding=(0, 1, 0, 0))
     for name in ("head", "loss"):
         table.add_column(name, no_wrap=True)
     last = "an epoch" if examples else "examples/s"
-    for name in ("peak memory", "FLOP", "traffic", "a step", last):
+    for name in ("peak", "FLOP", "traffic", "a step", last):
         table.add_column(name, justify="right", no_wrap=True)
     for plan in plans:
         seconds = plan.seconds(place)

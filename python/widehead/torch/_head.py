@@ -122,8 +122,8 @@ class Head(nn.Module):
             exclude: classes that must not appear, as a `torch.sparse_csr_tensor` `[B, n_classes]` or `widehead.Labels`.
 
         Returns:
-            `TopK(scores, classes)`, both `[..., k]`; equal scores in order of class. Where `exclude` leaves fewer than
-            k classes, the rest has score -infinity and class -1.
+            `TopK(scores, classes)`, both `[..., k]`; equal scores in order of class. Where `exclude`, or
+            logits of -infinity or NaN, leave fewer than k classes, the rest has score -infinity and class -1.
         """
         rows, batch = self._rows(hidden)
         check(1 <= k <= self.n_classes, f"k: expected 1 .. {self.n_classes}, got {k}")

@@ -45,7 +45,8 @@ def sample_rows(
             padding is -1 with offset -infinity.
     Returns:
         rows int64 `[A]`, distinct and ascending; offset float32 `[A]` for their logits; the labels as positions in
-        rows, shaped as indices (IGNORED where they are ignore_index); and the number of rows that are no padding, 0-d int64 on the CPU.
+        rows, shaped as indices (IGNORED where they are ignore_index); and the number of rows that are no padding, 0-d
+        int64 on the CPU.
     """
     picked = sample_classes(
         _proposals[proposal], negatives, indices.cpu().numpy(), seed=int(seed), step=0, ignore_index=ignore_index

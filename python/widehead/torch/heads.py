@@ -40,7 +40,8 @@ class DenseHead(Head):
         negatives: number of draws of sampled softmax; the whole batch shares them.
         proposal: where they come from: "uniform", "log_uniform" (classes sorted by falling frequency), or positive
             weights `[D]`.
-        bias: add a learned bias. reduction: "none", "mean" (over examples that have a target; 0 when their weights sum to 0), "sum".
+        bias: add a learned bias. reduction: "none", "mean" (over examples that have a target; 0 when their weights sum
+            to 0), "sum".
         dtype: float32, bfloat16 (trained by stochastic rounding in fused mode; the bias stays float32) or float64 (CPU,
             checks).
         seed: of the initial weights; None draws one from torch's generator.
