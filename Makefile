@@ -25,7 +25,7 @@ CXX_FILES = $(shell git ls-files -co --exclude-standard '*.cc' '*.h' '*.cu' '*.c
 export CMAKE_BUILD_PARALLEL_LEVEL := $(JOBS)
 export PYTHON JOBS
 
-.PHONY: demo test bench lint format clean venv preflight
+.PHONY: demo test bench lint lint-format lint-ruff lint-types format clean venv preflight
 .DEFAULT_GOAL := help
 
 .PHONY: help
@@ -43,9 +43,15 @@ bench: preflight $(VENV)/.stamp-test
 
 venv: preflight $(VENV)/.stamp-test $(VENV)/.stamp-lint
 
-lint: preflight $(VENV)/.stamp-test $(VENV)/.stamp-lint
+# `make -k lint` goes on after the first that fails.
+lint: lint-format lint-ruff lint-types
+
+lint-format: $(VENV)/.stamp-lint
 	$(VENV)/bin/clang-format --dry-run -Werror $(CXX_FILES)
+lint-ruff: $(VENV)/.stamp-lint
 	$(VENV)/bin/ruff check .
+# With the package's extras beside it, for their types.
+lint-types: $(VENV)/.stamp-test $(VENV)/.stamp-lint
 	$(VENV)/bin/mypy
 
 format: preflight $(VENV)/.stamp-lint
