@@ -55,12 +55,14 @@ struct Problem {
     }
   }
   DenseLayer layer() {
-    return {matrix(hidden.data(), s.batch, s.features), matrix(weight.data(), s.classes, s.features), ConstAnyVector(bias.data(), s.classes)};
+    return {matrix(hidden.data(), s.batch, s.features), matrix(weight.data(), s.classes, s.features),
+            ConstAnyVector(bias.data(), s.classes)};
   }
   Labels multi() const { return {indptr.data(), indices.data(), values.data(), s.batch, s.classes}; }
   double logit(int64_t i, int64_t c) const {
     double z = b[static_cast<std::size_t>(c)];
-    for (int64_t k = 0; k < s.features; ++k) z += h[static_cast<std::size_t>(i * s.features + k)] * w[static_cast<std::size_t>(c * s.features + k)];
+    for (int64_t k = 0; k < s.features; ++k)
+      z += h[static_cast<std::size_t>(i * s.features + k)] * w[static_cast<std::size_t>(c * s.features + k)];
     return z;
   }
 };
@@ -82,7 +84,8 @@ Expected reference(const Problem<T>& p, const LossOptions& loss, const std::vect
     y.assign(z.size(), 0);
     g.assign(z.size(), 0);
     for (int64_t j = p.indptr[static_cast<std::size_t>(i)]; j < p.indptr[static_cast<std::size_t>(i) + 1]; ++j)
-      y[static_cast<std::size_t>(p.indices[static_cast<std::size_t>(j)])] = static_cast<double>(p.values[static_cast<std::size_t>(j)]);
+      y[static_cast<std::size_t>(p.indices[static_cast<std::size_t>(j)])] =
+          static_cast<double>(p.values[static_cast<std::size_t>(j)]);
     double top = -std::numeric_limits<double>::infinity(), sum = 0, l = 0, out = 0, total = 0;
     for (int64_t c = 0; c < D; ++c) top = std::max(top, z[static_cast<std::size_t>(c)] = p.logit(i, c));
     for (double x : z) sum += std::exp(x - top);
@@ -134,8 +137,12 @@ Result<T> run(Problem<T>& p, const LossOptions& loss, const std::vector<T>& scal
   r.grad_weight.resize(static_cast<std::size_t>(D * d));
   r.grad_bias.resize(static_cast<std::size_t>(D));
   const bool softmax = loss.kind == Loss::softmax;
-  dense_forward({.layer = p.layer(), .target = p.multi(), .loss = loss, .losses = AnyVector(r.losses.data(), B),
-                 .output = AnyVector(r.output.data(), B), .lse = softmax ? AnyVector(r.lse.data(), B) : AnyVector()});
+  dense_forward({.layer = p.layer(),
+                 .target = p.multi(),
+                 .loss = loss,
+                 .losses = AnyVector(r.losses.data(), B),
+                 .output = AnyVector(r.output.data(), B),
+                 .lse = softmax ? AnyVector(r.lse.data(), B) : AnyVector()});
   DenseBackward back{.layer = p.layer(), .target = p.multi(), .loss = loss};
   if (softmax) back.lse = ConstAnyVector(r.lse.data(), B);
   back.grad_losses = ConstAnyVector(scale.data(), B);
@@ -187,12 +194,14 @@ const Shape kShapes[] = {{1, 1, 1}, {3, 13, 5}, {17, 97, 31}, {33, 12, 64}, {130
 
 TEST(losses_and_gradients_float32) {
   for (const Shape& s : kShapes)
-    for (Loss kind : {Loss::softmax, Loss::bce, Loss::squared_hinge}) compare<float>(s, kind, kind == Loss::softmax ? 0.01 : 0, 4e-6);
+    for (Loss kind : {Loss::softmax, Loss::bce, Loss::squared_hinge})
+      compare<float>(s, kind, kind == Loss::softmax ? 0.01 : 0, 4e-6);
 }
 
 TEST(losses_and_gradients_float64) {
   for (const Shape& s : kShapes)
-    for (Loss kind : {Loss::softmax, Loss::bce, Loss::squared_hinge}) compare<double>(s, kind, kind == Loss::softmax ? 0.01 : 0, 1e-13);
+    for (Loss kind : {Loss::softmax, Loss::bce, Loss::squared_hinge})
+      compare<double>(s, kind, kind == Loss::softmax ? 0.01 : 0, 1e-13);
 }
 
 // More than 32 MiB of partial gradients: the batch is walked first, then the classes.
@@ -247,19 +256,22 @@ TEST(fused_sgd_equals_gradient_then_step) {
   CHECK(fused.grad_hidden == plain.grad_hidden);
   for (std::size_t i = 0; i < weight.size(); ++i)
     CHECK_NEAR(p.weight[i], weight[i] - 0.5 * (plain.grad_weight[i] + 0.01 * weight[i]), 1e-6);
-  for (std::size_t i = 0; i < bias.size(); ++i) CHECK_NEAR(p.bias[i], bias[i] - 0.5 * (plain.grad_bias[i] + 0.01 * bias[i]), 1e-6);
+  for (std::size_t i = 0; i < bias.size(); ++i)
+    CHECK_NEAR(p.bias[i], bias[i] - 0.5 * (plain.grad_bias[i] + 0.01 * bias[i]), 1e-6);
 }
 
 TEST(stochastic_rounding_follows_the_generator) {
   const int64_t D = 5, d = 300;
   std::vector<bf16> weight(static_cast<std::size_t>(D * d));
-  for (std::size_t i = 0; i < weight.size(); ++i) weight[i].bits = bf16_nearest(0.01f * static_cast<float>(i % 97) - 0.4f);
+  for (std::size_t i = 0; i < weight.size(); ++i)
+    weight[i].bits = bf16_nearest(0.01f * static_cast<float>(i % 97) - 0.4f);
   const std::vector<bf16> old = weight;
   std::vector<float> hidden(static_cast<std::size_t>(d), 0.0f), lse(1), losses(1), one{1.0f};
   const int64_t label = 2;
   const Labels target{nullptr, &label, nullptr, 1, D};
   const DenseLayer layer{matrix(hidden.data(), 1, d), matrix(weight.data(), D, d)};
-  dense_forward({.layer = layer, .target = target, .losses = AnyVector(losses.data(), 1), .lse = AnyVector(lse.data(), 1)});
+  dense_forward(
+      {.layer = layer, .target = target, .losses = AnyVector(losses.data(), 1), .lse = AnyVector(lse.data(), 1)});
   // Without a gradient the step is the decay alone: w becomes (1 - lr wd) w, rounded with the bits of (row, column).
   Update update;
   update.lr = 0.1;
@@ -277,8 +289,10 @@ TEST(stochastic_rounding_follows_the_generator) {
       const auto i = static_cast<std::size_t>(r * d + c);
       const float w = bf16_float(old[i].bits), g = 0.013f * w;
       const RandomStream stream{update.seed, Purpose::rounding_weight, 7};
-      const std::uint16_t want = bf16_stochastic(std::fma(-0.1f, g, w), stream.bits16(static_cast<std::uint64_t>(r), static_cast<std::uint64_t>(c)));
-      const std::uint16_t apart = bf16_stochastic(w - 0.1f * g, stream.bits16(static_cast<std::uint64_t>(r), static_cast<std::uint64_t>(c)));
+      const std::uint16_t want = bf16_stochastic(
+          std::fma(-0.1f, g, w), stream.bits16(static_cast<std::uint64_t>(r), static_cast<std::uint64_t>(c)));
+      const std::uint16_t apart =
+          bf16_stochastic(w - 0.1f * g, stream.bits16(static_cast<std::uint64_t>(r), static_cast<std::uint64_t>(c)));
       CHECK(weight[i].bits == want || weight[i].bits == apart);  // with or without a fused multiply-add
       moved += weight[i].bits != old[i].bits;
     }
@@ -293,9 +307,13 @@ TEST(topk_equals_a_sort) {
       p.bias[static_cast<std::size_t>(c)] = p.bias[static_cast<std::size_t>(c - 1)];
     }
     const int64_t k = 7;
-    std::vector<float> scores(static_cast<std::size_t>(s.batch * k)), logits(static_cast<std::size_t>(s.batch * s.classes));
+    std::vector<float> scores(static_cast<std::size_t>(s.batch * k)),
+        logits(static_cast<std::size_t>(s.batch * s.classes));
     std::vector<int64_t> classes(scores.size());
-    dense_topk({.layer = p.layer(), .k = k, .scores = matrix(scores.data(), s.batch, k), .classes = matrix(classes.data(), s.batch, k)});
+    dense_topk({.layer = p.layer(),
+                .k = k,
+                .scores = matrix(scores.data(), s.batch, k),
+                .classes = matrix(classes.data(), s.batch, k)});
     dense_logits({.layer = p.layer(), .logits = matrix(logits.data(), s.batch, s.classes)});
     for (int64_t i = 0; i < s.batch; ++i) {
       std::vector<int64_t> order(static_cast<std::size_t>(s.classes));
