@@ -18,9 +18,9 @@ Tile<M> carve_tile(const DenseGeometry& g, const Shape<M>& s, Carve& carve, bool
   return t;
 }
 
-template <class M>
-void forward(const DenseContext& ctx, const DenseGeometry& g, i64 first_tile, i64 end_tile, ForwardPartial& partial,
-             void* scratch) {
+// Calls f(tile, b0, z, vectors) with the finished logits of every panel of examples, tile after tile.
+template <class M, class F>
+void for_each_panel(const DenseContext& ctx, const DenseGeometry& g, i64 first_tile, i64 end_tile, void* scratch, F f) {
   using S = Shape<M>;
   const S s(ctx.batch, ctx.features);
   Carve carve{static_cast<char*>(scratch)};
@@ -32,9 +32,17 @@ void forward(const DenseContext& ctx, const DenseGeometry& g, i64 first_tile, i6
       const int vectors = s.vectors(ctx.batch - b0);
       tile_logits<M>(ctx, s, t, b0 / S::kBlock, b0 % S::kBlock / S::kP, z, vectors);
       finish_logits<M>(ctx, t, b0, z, vectors);
-      accumulate_losses<M>(ctx, t, b0, z, vectors, partial);
+      f(t, b0, z, vectors);
     }
   }
+}
+
+template <class M>
+void forward(const DenseContext& ctx, const DenseGeometry& g, i64 first_tile, i64 end_tile, ForwardPartial& partial,
+             void* scratch) {
+  for_each_panel<M>(ctx, g, first_tile, end_tile, scratch, [&](const Tile<M>& t, i64 b0, auto* z, int vectors) {
+    accumulate_losses<M>(ctx, t, b0, z, vectors, partial);
+  });
 }
 
 // What backward keeps for one tile beside the packed weights.
@@ -256,47 +264,27 @@ void backward(const DenseContext& ctx, const DenseGeometry& geometry, BackwardTa
 template <class M>
 void logits(const DenseContext& ctx, const DenseGeometry& g, i64 first_tile, i64 end_tile, AnyMatrix out,
             void* scratch) {
-  using S = Shape<M>;
-  const S s(ctx.batch, ctx.features);
-  Carve carve{static_cast<char*>(scratch)};
-  Tile<M> t = carve_tile<M>(g, s, carve, false);
-  auto* z = carve.take<typename M::Real>(g.tile * S::kP);
-  for (i64 index = first_tile; index < end_tile; ++index) {
-    begin_tile<M>(ctx, s, t, g.tile, index, ctx.batch);
-    for (i64 b0 = 0; b0 < ctx.batch; b0 += S::kP) {
-      const int vectors = s.vectors(ctx.batch - b0);
-      tile_logits<M>(ctx, s, t, b0 / S::kBlock, b0 % S::kBlock / S::kP, z, vectors);
-      finish_logits<M>(ctx, t, b0, z, vectors);
-      for (i64 lane = 0; lane < at_most(S::kP, ctx.batch - b0); ++lane)
-        for (i64 c = 0; c < t.count; ++c) {
-          const i64 at = (b0 + lane) * out.stride + t.first + c;
-          if (out.dtype == Dtype::f64) {
-            static_cast<double*>(out.data)[at] = static_cast<double>(z[c * S::kP + lane]);
-          } else {
-            static_cast<float*>(out.data)[at] = static_cast<float>(z[c * S::kP + lane]);
-          }
+  constexpr i64 kP = Tile<M>::kP;
+  for_each_panel<M>(ctx, g, first_tile, end_tile, scratch, [&](const Tile<M>& t, i64 b0, auto* z, int) {
+    for (i64 lane = 0; lane < at_most(kP, ctx.batch - b0); ++lane)
+      for (i64 c = 0; c < t.count; ++c) {
+        const i64 at = (b0 + lane) * out.stride + t.first + c;
+        if (out.dtype == Dtype::f64) {
+          static_cast<double*>(out.data)[at] = static_cast<double>(z[c * kP + lane]);
+        } else {
+          static_cast<float*>(out.data)[at] = static_cast<float>(z[c * kP + lane]);
         }
-    }
-  }
+      }
+  });
 }
 
 template <class M>
 void topk(const DenseContext& ctx, const DenseGeometry& g, TopKTask& task, void* scratch) {
-  using S = Shape<M>;
-  const S s(ctx.batch, ctx.features);
-  Carve carve{static_cast<char*>(scratch)};
-  Tile<M> t = carve_tile<M>(g, s, carve, false);
-  auto* z = carve.take<typename M::Real>(g.tile * S::kP);
-  for (i64 index = task.first_tile; index < task.end_tile; ++index) {
-    begin_tile<M>(ctx, s, t, g.tile, index, ctx.batch);
-    for (i64 b0 = 0; b0 < ctx.batch; b0 += S::kP) {
-      const int vectors = s.vectors(ctx.batch - b0);
-      tile_logits<M>(ctx, s, t, b0 / S::kBlock, b0 % S::kBlock / S::kP, z, vectors);
-      finish_logits<M>(ctx, t, b0, z, vectors);
-      if (task.lse) accumulate_lse<M>(t, z, vectors, PartialView<M>(*task.lse, b0));
-      topk_panel<M>(task, t, z, b0, at_most(S::kP, ctx.batch - b0));
-    }
-  }
+  for_each_panel<M>(ctx, g, task.first_tile, task.end_tile, scratch,
+                    [&](const Tile<M>& t, i64 b0, auto* z, int vectors) {
+                      if (task.lse) accumulate_lse<M>(t, z, vectors, PartialView<M>(*task.lse, b0));
+                      topk_panel<M>(task, t, z, b0, at_most(Tile<M>::kP, ctx.batch - b0));
+                    });
 }
 
 // Products of single rows, for the few classes that a caller names.
