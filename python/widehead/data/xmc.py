@@ -203,10 +203,10 @@ def _at_once(block: bytes, n_features: int, n_labels: int) -> _Part | None:
         return None
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # NumPy < 2.3 warns of trailing rubbish, later ones raise
+        warnings.simplefilter("error", DeprecationWarning)  # NumPy < 2.3 warns of trailing rubbish, later ones raise
         try:
             numbers = np.fromstring(block.translate(_TO_SPACES), np.float64, sep=" ")
-        except ValueError:
+        except (ValueError, DeprecationWarning):
             return None
     if len(numbers) != np.count_nonzero(full):
         return None
