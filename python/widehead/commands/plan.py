@@ -115,7 +115,11 @@ def _table(job: planning.Job, plans: list[planning.Plan], place: Machine, exampl
 
 
 def _machine_line(place: Machine, dtype: str) -> str:
-    how = "measured now" if place.measured else "60 % of the datasheet, not measured"
+    how = (
+        "measured now"
+        if place.measured
+        else "60 % of the datasheet, not measured; widehead itself has no GPU backend yet"
+    )
     return (
         f"{place.name} ({how}): {planning.human_count(place.flops[dtype])}FLOP/s in {dtype} products, "
         f"{planning.human_count(place.exponentials)}/s exponentials, {planning.human_count(place.bandwidth)}B/s, "
