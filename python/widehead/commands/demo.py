@@ -19,7 +19,7 @@ from . import common
 if TYPE_CHECKING:
     from ..demo.resolver import Resolver
 
-EXAMPLES = ("Muenchn", "los angelos", "Лондн", "tokio-to", "addis abbeba", "paris, us", "Köbenhavn", "القاهره")
+EXAMPLES = ("Muenchn", "los angelos", "Лондн", "tokio-to", "addis abbeba", "القاهره", "london, canada", "paris, us")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

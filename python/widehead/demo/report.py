@@ -96,7 +96,7 @@ def _cost(results: Mapping[str, Any]) -> Table:
 
 def answer_table(query: Query, candidates: list[Candidate], country: str | None, note: str = "") -> Table:
     """The answers to a question; `note` stands behind it."""
-    title = f"[bold]{escape(query.name)}[/bold]" + (f" in {escape(country)}" if country else "") + note
+    title = f"[bold]{escape(query.name)}[/bold]" + (f", {escape(country)}" if country else "") + note
     table = _table(title)
     for column in ("chance", "place", "population", "latitude", "longitude"):
         table.add_column(column, justify="left" if column == "place" else "right")
