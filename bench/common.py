@@ -111,6 +111,12 @@ def in_subprocess(script: str, *arguments: str) -> dict[str, Any]:
     return json.loads(run.stdout.strip().splitlines()[-1])
 
 
+def read(name: str) -> dict[str, Any] | None:
+    """bench/results/<name>.json, if it is there."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
 def write(name: str, result: dict[str, Any]) -> Path:
     """Writes bench/results/<name>.json whole or not at all."""
     RESULTS.mkdir(exist_ok=True)

@@ -132,6 +132,9 @@ def memory_case(name: str, D: int, d: int, B: int, dtype_name: str) -> dict[str,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument(
+        "--classes", type=int, nargs="+", help="these sizes only; other cases stay as they were measured"
+    )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--memory-case", nargs=5, metavar=("METHOD", "D", "d", "B", "DTYPE"))
     args = parser.parse_args()
@@ -146,7 +149,11 @@ def main() -> None:
         "cases": [],
         "memory": [],
     }
-    sizes = [100_000, 10_000] if args.quick else [1_000_000, 100_000, 10_000]
+    name = "dense_quick" if args.quick else "dense"
+    sizes = args.classes or ([100_000, 10_000] if args.quick else [1_000_000, 100_000, 10_000])
+    if args.classes and (old := common.read(name)):
+        result["cases"] = [case for case in old["cases"] if case["classes"] not in sizes]
+        result["memory"] = old["memory"]
     features, batches = ([64], [32, 128]) if args.quick else ([64, 128, 512], [32, 128, 512])
     grid = list(itertools.product(sizes, features, batches))
     for (D, d, B), dtype, threads in itertools.product(grid, ("float32", "bfloat16"), (1, 2)):
@@ -160,12 +167,14 @@ def main() -> None:
         shown = "  ".join(f"{n} {t['cpu_s'] * 1e3:.0f}" for n, t in case["times"].items())
         rate = f"{case['over_torch']:.2f}x torch, {case['fused_gflops']:.0f} GFLOP/s"
         print(f"D={D} d={d} B={B} {dtype} x{threads}: {shown} ms CPU; {rate}", flush=True)
-        common.write("dense_quick" if args.quick else "dense", result)
+        common.write(name, result)
+    if result["memory"]:
+        return
     big = (100_000, 64, 128) if args.quick else (1_000_000, 512, 128)
     for name, dtype in itertools.product(("widehead fused", "widehead plain", *PEERS[:1]), ("float32", "bfloat16")):
         result["memory"].append(common.in_subprocess(__file__, "--memory-case", name, *map(str, big), dtype))
         print(result["memory"][-1], flush=True)
-    print("written:", common.write("dense_quick" if args.quick else "dense", result))
+    print("written:", common.write(name, result))
 
 
 if __name__ == "__main__":

@@ -7,19 +7,13 @@ python bench/report.py --readme  also puts them into README.md
 from __future__ import annotations
 
 import argparse
-import json
 import re
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS
+from common import RESULTS, read
 
 ROOT = RESULTS.parent.parent
-
-
-def read(name: str) -> dict[str, Any] | None:
-    path = RESULTS / f"{name}.json"
-    return json.loads(path.read_text()) if path.exists() else None
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -43,7 +37,7 @@ def dense_tables(result: dict[str, Any]) -> str:
         share = case["fused_gflops"] / case["gemm_gflops"] if case.get("gemm_gflops") else 0.0
         rows.append(
             [
-                f"{case['classes']:,} x {case['features']}, batch {case['batch']}",
+                f"{case['classes']:,} x {case['features']}, batch {case['batch']}{' *' * ('load' in case)}",
                 f"{times['widehead fused'] * 1e3:,.0f}",
                 f"{times['widehead plain'] * 1e3:,.0f}",
                 f"{times['torch'] * 1e3:,.0f}",
@@ -67,7 +61,8 @@ def dense_tables(result: dict[str, Any]) -> str:
         "A training step, float32: loss, gradient to hidden, and an SGD step of the weights. The share of the\n"
         f"GEMM rate counts the recomputed logits; the rate itself is `torch.mm`'s beside it.\n\n{speed}\n\n"
         f"{memory}\n\n{size} Measured on {conditions(result['machine'])}. `python bench/dense.py` repeats it; the\n"
-        "whole grid, with bfloat16 and two threads, is in `bench/results/dense.json`."
+        "whole grid, with bfloat16 and two threads, is in `bench/results/dense.json`. Rows with a star come from an earlier\n"
+        "run, while the machine had other work."
     )
 
 
