@@ -62,7 +62,8 @@ struct DenseBackward {
   std::int64_t* filtered = nullptr;
   Device device = {};
 };
-// Throws NonFiniteError before any change when hidden, lse or a gradient that comes in is NaN or infinite.
+// With `update`, throws NonFiniteError before any change when hidden, lse or a gradient that comes in is NaN or infinite;
+// without it such numbers go into the gradients, as in torch.
 void dense_backward(const DenseBackward& args);
 
 // logits [B, D]; for callers who want all of them.
