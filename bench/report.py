@@ -61,8 +61,8 @@ def dense_tables(result: dict[str, Any]) -> str:
         "A training step, float32: loss, gradient to hidden, and an SGD step of the weights. The share of the\n"
         f"GEMM rate counts the recomputed logits; the rate itself is `torch.mm`'s beside it.\n\n{speed}\n\n"
         f"{memory}\n\n{size} Measured on {conditions(result['machine'])}. `python bench/dense.py` repeats it; the\n"
-        "whole grid, with bfloat16 and two threads, is in `bench/results/dense.json`. Rows with a star and the memory come\n"
-        "from an earlier run, at commit ea4fa9a, while the machine had other work."
+        "whole grid, with bfloat16 and two threads, is in `bench/results/dense.json`. Rows with a star and the\n"
+        "memory come from an earlier run, at commit ea4fa9a, while the machine had other work."
     )
 
 
