@@ -100,7 +100,7 @@ void check_update(const ConstAnyMatrix& weight, const ConstAnyVector& bias, cons
     throw ShapeError("first: given without momentum; leave it out for plain SGD");
   check_state("first", u.first, adam || momentum, real, rows, cols);
   check_state("second", u.second, adam || adagrad, real, rows, adagrad ? 1 : cols);
-  check_state("compensation", u.compensation, weight.dtype == Dtype::bf16 && u.rounding == Rounding::kahan, Dtype::bf16,
+  check_state("compensation", u.compensation, size_of(weight.dtype) == 2 && u.rounding == Rounding::kahan, weight.dtype,
               rows, cols);
   if (!bias) return;
   const auto vector = [](const AnyVector& v) { return AnyMatrix(v.data, v.dtype, v.size, 1, 1); };

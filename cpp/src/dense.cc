@@ -21,9 +21,13 @@ void expect_real(const char* name, const ConstAnyVector& v, const DenseLayer& la
   if (v) expect_dtype(name, v.dtype, v.dtype == real, name_of(real));
 }
 
-void check_layer(const DenseLayer& l) {
+bool on_gpu(const Device& device) { return device.kind == Device::Kind::cuda; }
+
+void check_layer(const DenseLayer& l, const Device& device) {
   const Dtype w = l.weight.dtype, h = l.hidden.dtype;
-  expect_dtype("weight", w, w == Dtype::f32 || w == Dtype::bf16 || w == Dtype::f64, "float32, bfloat16 or float64");
+  if (w == Dtype::f16 && !on_gpu(device))
+    throw DtypeError("weight: float16 is for a GPU; on the CPU use bfloat16 or float32");
+  expect_dtype("weight", w, floating(w), "float32, bfloat16, float16 or float64");
   expect_dtype("hidden", h, floating(h), "float32, bfloat16, float16 or float64");
   if (h == Dtype::f64 && w != Dtype::f64)
     throw DtypeError(string("hidden: float64 needs float64 weights, which are ") + name_of(w));
@@ -43,7 +47,7 @@ void check_layer(const DenseLayer& l) {
   }
 }
 
-void check_target(const DenseLayer& l, const Labels& target, const LossOptions& loss) {
+void check_options(const DenseLayer& l, const Labels& target, const LossOptions& loss) {
   if (target.rows != l.hidden.rows)
     throw ShapeError("target: expected " + to_string(l.hidden.rows) + " rows as in hidden, got " +
                      to_string(target.rows));
@@ -61,7 +65,6 @@ void check_target(const DenseLayer& l, const Labels& target, const LossOptions& 
   if (loss.label_smoothing > 0 && target.indptr)
     throw ShapeError("label_smoothing: expected one class an example, got multi-label targets");
   if (loss.label_smoothing > 0 && l.offset) throw ShapeError("label_smoothing: does not go with a sampled softmax");
-  check_labels(target, loss.ignore_index, "target");
 }
 
 void check_outputs(const DenseLayer& l, const AnyVector& losses, const AnyVector& output) {
@@ -76,23 +79,22 @@ void expect_scores(const char* name, const AnyMatrix& m, const DenseLayer& l, in
   expect_dtype(name, m.dtype, m.dtype == real_of(l.weight.dtype), name_of(real_of(l.weight.dtype)));
 }
 
-bool on_gpu(const Device& device) { return device.kind == Device::Kind::cuda; }
-
 }  // namespace
 
 void dense_forward(const DenseForward& args) {
-  check_layer(args.layer);
+  check_layer(args.layer, args.device);
   check_outputs(args.layer, args.losses, args.output);
   expect_size("lse", args.lse, args.layer.hidden.rows);
   expect_real("lse", args.lse, args.layer);
+  check_options(args.layer, args.target, args.loss);
   if (on_gpu(args.device)) return cuda::dense_forward(args);
-  check_target(args.layer, args.target, args.loss);
+  check_labels(args.target, args.loss.ignore_index, "target");
   if (args.layer.hidden.rows > 0) cpu::dense_forward(args);
 }
 
 void dense_backward(const DenseBackward& args) {
   const DenseLayer& l = args.layer;
-  check_layer(l);
+  check_layer(l, args.device);
   check_outputs(l, args.losses, args.output);
   const bool softmax = args.loss.kind == Loss::softmax;
   if (softmax && (args.losses || args.output))
@@ -105,7 +107,7 @@ void dense_backward(const DenseBackward& args) {
   if (args.grad_weight) {
     expect_shape("grad_weight", args.grad_weight, l.weight.rows, l.weight.cols);
     expect_dtype("grad_weight", args.grad_weight.dtype,
-                 floating(args.grad_weight.dtype) && args.grad_weight.dtype != Dtype::f16,
+                 floating(args.grad_weight.dtype) && (args.grad_weight.dtype != Dtype::f16 || on_gpu(args.device)),
                  "float32, bfloat16 or float64");
   }
   expect_size("grad_bias", args.grad_bias, l.weight.rows);
@@ -113,8 +115,9 @@ void dense_backward(const DenseBackward& args) {
   if (args.update && args.grad_weight)
     throw ShapeError("update: a fused step leaves no gradient; give grad_weight or update, not both");
   if (args.update) check_update(l.weight, l.bias, *args.update);
+  check_options(l, args.target, args.loss);
   if (on_gpu(args.device)) return cuda::dense_backward(args);
-  check_target(l, args.target, args.loss);
+  check_labels(args.target, args.loss.ignore_index, "target");
   if (args.update) {
     check_finite(l.hidden, "hidden");
     if (softmax) check_finite(args.lse, "lse");
@@ -127,7 +130,7 @@ void dense_backward(const DenseBackward& args) {
 }
 
 void dense_logits(const DenseLogits& args) {
-  check_layer(args.layer);
+  check_layer(args.layer, args.device);
   expect_scores("logits", args.logits, args.layer, args.layer.weight.rows);
   check_option("softcap", args.softcap, args.softcap >= 0, "a number > 0, or 0 for none");
   if (on_gpu(args.device)) return cuda::dense_logits(args);
@@ -135,7 +138,7 @@ void dense_logits(const DenseLogits& args) {
 }
 
 void dense_scores(const DenseScores& args) {
-  check_layer(args.layer);
+  check_layer(args.layer, args.device);
   expect_scores("scores", args.scores, args.layer, args.n);
   check_option("softcap", args.softcap, args.softcap >= 0, "a number > 0, or 0 for none");
   if (on_gpu(args.device)) return cuda::dense_scores(args);
@@ -149,7 +152,7 @@ void dense_scores(const DenseScores& args) {
 }
 
 void dense_topk(const DenseTopK& args) {
-  check_layer(args.layer);
+  check_layer(args.layer, args.device);
   if (args.k < 1) throw ShapeError("k: expected at least 1, got " + to_string(args.k));
   expect_scores("scores", args.scores, args.layer, args.k);
   if (args.classes.rows != args.layer.hidden.rows || args.classes.cols != args.k)
@@ -168,5 +171,11 @@ void dense_topk(const DenseTopK& args) {
   }
   if (args.layer.hidden.rows > 0) cpu::dense_topk(args);
 }
+
+std::int64_t scratch_bytes(const DenseForward& args) { return on_gpu(args.device) ? cuda::scratch_bytes(args) : 0; }
+std::int64_t scratch_bytes(const DenseBackward& args) { return on_gpu(args.device) ? cuda::scratch_bytes(args) : 0; }
+std::int64_t scratch_bytes(const DenseLogits& args) { return on_gpu(args.device) ? cuda::scratch_bytes(args) : 0; }
+std::int64_t scratch_bytes(const DenseScores& args) { return on_gpu(args.device) ? cuda::scratch_bytes(args) : 0; }
+std::int64_t scratch_bytes(const DenseTopK& args) { return on_gpu(args.device) ? cuda::scratch_bytes(args) : 0; }
 
 }  // namespace widehead

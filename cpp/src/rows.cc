@@ -6,6 +6,7 @@
 #include <cstring>
 #include <string>
 
+#include "cuda/backend.h"
 #include "widehead/error.h"
 #include "widehead/parallel.h"
 #include "widehead/random.h"
@@ -68,6 +69,7 @@ void gather_rows(const GatherRows& args) {
   if (args.out.rows != args.n || args.out.cols != args.weight.cols)
     throw ShapeError("out: expected shape [n, in_features] = " + shape(args.n, args.weight.cols) + ", got " +
                      shape(args.out.rows, args.out.cols));
+  if (args.device.kind == Device::Kind::cuda) return cuda::gather_rows(args);
   check_rows(args.rows, args.n, args.weight.rows);
   const std::int64_t size = size_of(args.weight.dtype), bytes = size * args.weight.cols;
   const auto* from = static_cast<const unsigned char*>(args.weight.data);
@@ -79,11 +81,13 @@ void gather_rows(const GatherRows& args) {
   });
 }
 
-void init_uniform(const AnyMatrix& out, double low, double high, std::uint64_t seed, std::int64_t first_row) {
+void init_uniform(const AnyMatrix& out, double low, double high, std::uint64_t seed, std::int64_t first_row,
+                  const Device& device) {
   if (!std::isfinite(low) || !std::isfinite(high) || low > high)
     throw ShapeError("low, high: expected finite bounds low <= high, got " + std::to_string(low) + " and " +
                      std::to_string(high));
   if (first_row < 0) throw ShapeError("first_row: expected at least 0, got " + std::to_string(first_row));
+  if (device.kind == Device::Kind::cuda) return cuda::init_uniform(out, low, high, seed, first_row, device);
   switch (out.dtype) {
     case Dtype::f32: return fill_uniform<float>(out, low, high, seed, first_row);
     case Dtype::f64: return fill_uniform<double>(out, low, high, seed, first_row);

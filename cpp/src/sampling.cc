@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "cuda/backend.h"
 #include "widehead/error.h"
 #include "widehead/parallel.h"
 #include "widehead/random.h"
@@ -35,6 +36,7 @@ void sample_classes(const SampleClasses& args) {
   if (args.n_classes < 1) throw ShapeError("n_classes: expected at least 1, got " + std::to_string(args.n_classes));
   if (args.proposal == Proposal::alias && (!args.threshold || !args.alias))
     throw ShapeError("proposal: 'alias' expects the table's threshold and alias, got none");
+  if (args.device.kind == Device::Kind::cuda) return cuda::sample_classes(args);
   const RandomStream random{args.seed, Purpose::negatives, args.step};
   const auto classes = static_cast<std::uint64_t>(args.n_classes);
   const double log_classes = std::log1p(static_cast<double>(args.n_classes));

@@ -5,6 +5,7 @@
 #include "check.h"
 #include "cpu/kernels.h"
 #include "cpu/workspace.h"
+#include "cuda/backend.h"
 #include "widehead/parallel.h"
 #include "widehead/random.h"
 #include "widehead/rows.h"
@@ -55,7 +56,10 @@ void check_rows(const UpdateRows& args) {
 }  // namespace
 
 void update_rows(const UpdateRows& args) {
-  const auto gradient = [](Dtype t) { return t == Dtype::f32 || t == Dtype::bf16 || t == Dtype::f64; };
+  const bool gpu = args.device.kind == Device::Kind::cuda;
+  const auto gradient = [&](Dtype t) {
+    return t == Dtype::f32 || t == Dtype::bf16 || t == Dtype::f64 || (gpu && t == Dtype::f16);
+  };
   expect_dtype("weight", args.weight.dtype, gradient(args.weight.dtype), "float32, bfloat16 or float64");
   expect_shape("grad", args.grad, args.n, args.weight.cols);
   expect_dtype("grad", args.grad.dtype, gradient(args.grad.dtype), "float32, bfloat16 or float64");
@@ -68,6 +72,7 @@ void update_rows(const UpdateRows& args) {
                      name_of(args.weight.dtype));
   if (!args.update) throw ShapeError("update: expected an optimiser step, got none");
   check_update(args.weight, args.bias, *args.update);
+  if (gpu) return cuda::update_rows(args);
   check_rows(args);
   check_finite(args.grad, "grad");
   if (args.grad_bias) check_finite(args.grad_bias, "grad_bias");

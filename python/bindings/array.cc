@@ -2,6 +2,7 @@
 #include "array.h"
 
 #include "widehead/error.h"
+#include "widehead/fault.h"
 
 namespace widehead::python {
 namespace {
@@ -156,9 +157,30 @@ AnyVector Arrays::out_vector(nb::handle h, const Want& want) {
   return {s.data, s.dtype, s.shape[0]};
 }
 
-Device Arrays::device(std::uintptr_t stream) const {
-  const bool cuda = device_type_ == nb::device::cuda::value;
-  return {cuda ? Device::Kind::cuda : Device::Kind::cpu, device_index_, reinterpret_cast<void*>(stream)};
+bool Arrays::on_gpu() const { return device_type_ == nb::device::cuda::value; }
+
+Device Arrays::device(nb::handle gpu) {
+  Device device;
+  device.index = device_index_;
+  if (!on_gpu()) return device;
+  device.kind = Device::Kind::cuda;
+  if (gpu.is_none()) return device;
+  const auto dict = nb::cast<nb::dict>(gpu);
+  device.stream = reinterpret_cast<void*>(nb::cast<std::uintptr_t>(dict["stream"]));
+  const AnyVector faults = out_vector(dict["faults"], {"faults", "[5]", one_of(Dtype::i64), true});
+  device.faults = reinterpret_cast<FaultRecord*>(
+      const_cast<std::int64_t*>(sized<std::int64_t>(faults, sizeof(FaultRecord) / 8, "faults", "[5]")));
+  const AnyVector refused = out_vector(dict["refused"], {"refused", "[1]", one_of(Dtype::i32), true});
+  device.refused = const_cast<std::int32_t*>(sized<std::int32_t>(refused, 1, "refused", "[1]"));
+  return device;
+}
+
+void Arrays::get_scratch(nb::handle gpu, Device& device, std::int64_t bytes) {
+  if (bytes == 0 || gpu.is_none()) return;
+  const nb::object memory = nb::cast<nb::dict>(gpu)["scratch"]((bytes + 7) / 8);
+  const AnyVector view = out_vector(memory, {"scratch", "[n]", one_of(Dtype::i64)});
+  device.scratch = view.data;
+  device.scratch_bytes = view.size * 8;
 }
 
 void check_size(std::int64_t got, std::int64_t expected, const char* name, const char* axes) {

@@ -21,8 +21,8 @@ using Dtypes = unsigned;
 constexpr Dtypes one_of(Dtype t) { return 1u << static_cast<unsigned>(t); }
 inline constexpr Dtypes kFloating = one_of(Dtype::f32) | one_of(Dtype::f64) | one_of(Dtype::bf16) | one_of(Dtype::f16);
 inline constexpr Dtypes kStored =
-    one_of(Dtype::f32) | one_of(Dtype::f64) | one_of(Dtype::bf16);          // weights and their gradients
-inline constexpr Dtypes kResult = one_of(Dtype::f32) | one_of(Dtype::f64);  // losses, scores, moments
+    one_of(Dtype::f32) | one_of(Dtype::f64) | one_of(Dtype::bf16) | one_of(Dtype::f16);  // weights and their gradients
+inline constexpr Dtypes kResult = one_of(Dtype::f32) | one_of(Dtype::f64);               // losses, scores, moments
 
 // What an argument must be. `axes` is how messages write its shape, e.g. "[batch, in_features]".
 struct Want {
@@ -41,8 +41,14 @@ class Arrays {
   ConstAnyVector vector(nb::handle h, const Want& want);
   AnyVector out_vector(nb::handle h, const Want& want);
 
-  // The device of the arrays seen so far; `stream` is a cudaStream_t as an integer.
-  Device device(std::uintptr_t stream) const;
+  // The device of the arrays seen so far.
+  bool on_gpu() const;
+  // The same with what `gpu` brings: None, or a dict of "stream" (a cudaStream_t as an integer), "scratch" (called with
+  // a number of int64 elements, returns an array of so many), "faults" (int64 [5] or None) and "refused" (int32 [1] or
+  // None).
+  Device device(nb::handle gpu);
+  // Asks gpu["scratch"] for device.scratch.
+  void get_scratch(nb::handle gpu, Device& device, std::int64_t bytes);
 
  private:
   struct Slot {

@@ -44,10 +44,11 @@ Labels labels_of(Arrays& arrays, nb::handle indptr, nb::handle indices, nb::hand
   labels.indptr = sized<std::int64_t>(p, rows + 1, "indptr", "[batch + 1]");
   if (p) {
     // On the GPU the last row pointer cannot be read here: there the caller vouches for it.
-    if (arrays.device(0).kind == Device::Kind::cpu && labels.indptr[rows] != i.size)
+    if (!arrays.on_gpu() && labels.indptr[rows] != i.size)
       throw LabelError("indptr: expected its last entry to be the number of indices " + std::to_string(i.size) +
                        ", got " + std::to_string(labels.indptr[rows]));
     labels.indices = static_cast<const std::int64_t*>(i.data);
+    labels.size = i.size;
     labels.values = sized<float>(v, i.size, "values", "[nnz]");
   } else {
     if (v) throw ShapeError("values: expected None without indptr: single-label targets have no weights");
@@ -72,17 +73,20 @@ LossOptions loss_of(Arrays& arrays, const std::string& loss, double label_smooth
 void forward(nb::handle hidden, nb::handle weight, nb::handle bias, nb::handle offset, nb::handle indptr,
              nb::handle indices, nb::handle values, std::optional<std::int64_t> n_classes, const std::string& loss,
              double label_smoothing, double lse_penalty, double softcap, nb::handle class_weight,
-             std::int64_t ignore_index, nb::handle losses, nb::handle output, nb::handle lse, std::uintptr_t stream) {
+             std::int64_t ignore_index, nb::handle losses, nb::handle output, nb::handle lse, bool tf32,
+             nb::handle gpu) {
   Arrays arrays;
   DenseForward args;
   args.layer = layer_of(arrays, hidden, weight, bias, offset);
+  args.layer.tf32 = tf32;
   const std::int64_t classes = args.layer.weight.rows;
   args.target = labels_of(arrays, indptr, indices, values, args.layer.hidden.rows, n_classes.value_or(classes));
   args.loss = loss_of(arrays, loss, label_smoothing, lse_penalty, softcap, class_weight, ignore_index, classes);
   args.losses = arrays.out_vector(losses, {"losses", "[batch]", kResult, true});
   args.output = arrays.out_vector(output, {"output", "[batch]", kResult, true});
   args.lse = arrays.out_vector(lse, {"lse", "[batch]", kResult, true});
-  args.device = arrays.device(stream);
+  args.device = arrays.device(gpu);
+  arrays.get_scratch(gpu, args.device, scratch_bytes(args));
   nb::gil_scoped_release no_gil;
   dense_forward(args);
 }
@@ -92,11 +96,13 @@ std::int64_t backward(nb::handle hidden, nb::handle weight, nb::handle bias, nb:
                       double lse_penalty, double softcap, nb::handle class_weight, std::int64_t ignore_index,
                       nb::handle lse, nb::handle grad_losses, nb::handle grad_output, nb::handle grad_lse,
                       nb::handle grad_hidden, nb::handle grad_weight, nb::handle grad_bias, nb::handle update,
-                      nb::handle losses, nb::handle output, double filter_eps, std::uintptr_t stream) {
+                      nb::handle losses, nb::handle output, double filter_eps, nb::handle filtered_count, bool tf32,
+                      nb::handle gpu) {
   Arrays arrays;
   DenseBackward args;
   const bool fused = !update.is_none();
   args.layer = layer_of(arrays, hidden, weight, bias, offset, fused);
+  args.layer.tf32 = tf32;
   const std::int64_t classes = args.layer.weight.rows;
   args.target = labels_of(arrays, indptr, indices, values, args.layer.hidden.rows, classes);
   args.loss = loss_of(arrays, loss, label_smoothing, lse_penalty, softcap, class_weight, ignore_index, classes);
@@ -114,29 +120,35 @@ std::int64_t backward(nb::handle hidden, nb::handle weight, nb::handle bias, nb:
   }
   args.losses = arrays.out_vector(losses, {"losses", "[batch]", kResult, true});
   args.output = arrays.out_vector(output, {"output", "[batch]", kResult, true});
+  const AnyVector filtered_out = arrays.out_vector(filtered_count, {"filtered", "[1]", one_of(Dtype::i64), true});
+  check_size(filtered_out ? filtered_out.size : 1, 1, "filtered", "[1]");
   std::int64_t filtered = 0;
   args.filter_eps = filter_eps;
-  args.filtered = &filtered;
-  args.device = arrays.device(stream);
+  // On a GPU the count stays there.
+  args.filtered = arrays.on_gpu() ? nullptr : &filtered;
+  if (filtered_out) args.filtered = static_cast<std::int64_t*>(filtered_out.data);
+  args.device = arrays.device(gpu);
+  arrays.get_scratch(gpu, args.device, scratch_bytes(args));
   nb::gil_scoped_release no_gil;
   dense_backward(args);
   return filtered;
 }
 
 void logits(nb::handle hidden, nb::handle weight, nb::handle bias, nb::handle offset, double softcap, nb::handle out,
-            std::uintptr_t stream) {
+            nb::handle gpu) {
   Arrays arrays;
   DenseLogits args;
   args.layer = layer_of(arrays, hidden, weight, bias, offset);
   args.softcap = softcap;
   args.logits = arrays.out_matrix(out, {"logits", "[batch, n_classes]", kResult});
-  args.device = arrays.device(stream);
+  args.device = arrays.device(gpu);
+  arrays.get_scratch(gpu, args.device, scratch_bytes(args));
   nb::gil_scoped_release no_gil;
   dense_logits(args);
 }
 
 void scores(nb::handle hidden, nb::handle weight, nb::handle bias, double softcap, nb::handle classes, nb::handle out,
-            std::uintptr_t stream) {
+            nb::handle gpu) {
   Arrays arrays;
   DenseScores args;
   args.layer = layer_of(arrays, hidden, weight, bias, nb::none());
@@ -148,14 +160,15 @@ void scores(nb::handle hidden, nb::handle weight, nb::handle bias, double softca
   args.classes = static_cast<const std::int64_t*>(c.data);
   args.n = c.cols;
   args.scores = arrays.out_matrix(out, {"scores", "[batch, n]", kResult});
-  args.device = arrays.device(stream);
+  args.device = arrays.device(gpu);
+  arrays.get_scratch(gpu, args.device, scratch_bytes(args));
   nb::gil_scoped_release no_gil;
   dense_scores(args);
 }
 
 void topk(nb::handle hidden, nb::handle weight, nb::handle bias, double softcap, std::int64_t k,
           nb::handle exclude_indptr, nb::handle exclude_indices, nb::handle out, nb::handle classes, nb::handle lse,
-          std::uintptr_t stream) {
+          nb::handle gpu) {
   Arrays arrays;
   DenseTopK args;
   args.layer = layer_of(arrays, hidden, weight, bias, nb::none());
@@ -168,14 +181,15 @@ void topk(nb::handle hidden, nb::handle weight, nb::handle bias, double softcap,
     throw ShapeError("exclude_indptr and exclude_indices: expected both or neither");
   args.exclude_indptr = sized<std::int64_t>(p, args.layer.hidden.rows + 1, "exclude_indptr", "[batch + 1]");
   args.exclude_indices = static_cast<const std::int64_t*>(i.data);
-  if (p && arrays.device(0).kind == Device::Kind::cpu && args.exclude_indptr[args.layer.hidden.rows] != i.size)
+  if (p && !arrays.on_gpu() && args.exclude_indptr[args.layer.hidden.rows] != i.size)
     throw LabelError("exclude_indptr: expected its last entry to be the number of exclude_indices " +
                      std::to_string(i.size) + ", got " + std::to_string(args.exclude_indptr[args.layer.hidden.rows]));
   args.scores = arrays.out_matrix(out, {"scores", "[batch, k]", kResult});
   const AnyMatrix c = arrays.out_matrix(classes, {"classes", "[batch, k]", i64});
   args.classes = {static_cast<std::int64_t*>(c.data), c.rows, c.cols, c.stride};
   args.lse = arrays.out_vector(lse, {"lse", "[batch]", kResult, true});
-  args.device = arrays.device(stream);
+  args.device = arrays.device(gpu);
+  arrays.get_scratch(gpu, args.device, scratch_bytes(args));
   nb::gil_scoped_release no_gil;
   dense_topk(args);
 }
@@ -193,21 +207,22 @@ void bind_dense(nb::module_& m) {
   m.def("dense_forward", &forward, nb::kw_only(), "hidden"_a.none(), "weight"_a.none(), "bias"_a.none(),
         "offset"_a.none() = none, "indptr"_a.none(), "indices"_a.none(), "values"_a.none(), "n_classes"_a.none() = none,
         "loss"_a, "label_smoothing"_a = 0.0, "lse_penalty"_a = 0.0, "softcap"_a = 0.0, "class_weight"_a.none() = none,
-        "ignore_index"_a = -100, "losses"_a.none(), "output"_a.none(), "lse"_a.none(), "stream"_a = 0);
+        "ignore_index"_a = -100, "losses"_a.none(), "output"_a.none(), "lse"_a.none(), "tf32"_a = false,
+        "gpu"_a.none() = none);
   m.def("dense_backward", &backward, nb::kw_only(), "hidden"_a.none(), "weight"_a.none(), "bias"_a.none(),
         "offset"_a.none() = none, "indptr"_a.none(), "indices"_a.none(), "values"_a.none(), "loss"_a,
         "label_smoothing"_a = 0.0, "lse_penalty"_a = 0.0, "softcap"_a = 0.0, "class_weight"_a.none() = none,
         "ignore_index"_a = -100, "lse"_a.none(), "grad_losses"_a.none(), "grad_output"_a.none() = none,
         "grad_lse"_a.none() = none, "grad_hidden"_a.none() = none, "grad_weight"_a.none() = none,
         "grad_bias"_a.none() = none, "update"_a.none() = none, "losses"_a.none() = none, "output"_a.none() = none,
-        "filter_eps"_a = 0.0, "stream"_a = 0);
+        "filter_eps"_a = 0.0, "filtered"_a.none() = none, "tf32"_a = false, "gpu"_a.none() = none);
   m.def("dense_logits", &logits, nb::kw_only(), "hidden"_a.none(), "weight"_a.none(), "bias"_a.none(),
-        "offset"_a.none() = none, "softcap"_a = 0.0, "logits"_a.none(), "stream"_a = 0);
+        "offset"_a.none() = none, "softcap"_a = 0.0, "logits"_a.none(), "gpu"_a.none() = none);
   m.def("dense_scores", &scores, nb::kw_only(), "hidden"_a.none(), "weight"_a.none(), "bias"_a.none(),
-        "softcap"_a = 0.0, "classes"_a.none(), "scores"_a.none(), "stream"_a = 0);
+        "softcap"_a = 0.0, "classes"_a.none(), "scores"_a.none(), "gpu"_a.none() = none);
   m.def("dense_topk", &topk, nb::kw_only(), "hidden"_a.none(), "weight"_a.none(), "bias"_a.none(), "softcap"_a = 0.0,
         "k"_a, "exclude_indptr"_a.none() = none, "exclude_indices"_a.none() = none, "scores"_a.none(),
-        "classes"_a.none(), "lse"_a.none() = none, "stream"_a = 0);
+        "classes"_a.none(), "lse"_a.none() = none, "gpu"_a.none() = none);
 }
 
 }  // namespace widehead::python

@@ -7,7 +7,9 @@
 #include <cstdint>
 
 #include "parts.h"
+#include "widehead/cuda.h"
 #include "widehead/error.h"
+#include "widehead/fault.h"
 #include "widehead/isa.h"
 #include "widehead/parallel.h"
 #include "widehead/random.h"
@@ -31,6 +33,9 @@ void bind_errors(nb::module_& m) {
     e.attr("__module__") = "widehead";
 }
 
+// `record`: the five numbers of a FaultRecord, copied back from the device.
+void raise(std::array<std::int64_t, 5> record) { raise_fault({record[0], record[1], record[2], record[3], record[4]}); }
+
 std::vector<std::string> isa_names() {
   std::vector<std::string> names;
   for (Isa isa : supported_isas()) names.emplace_back(name_of(isa));
@@ -53,12 +58,15 @@ NB_MODULE(_core, m) {
   m.doc() = "The private module of widehead: its functions check arrays and call the core. See _core.pyi.";
   m.attr("__version__") = WIDEHEAD_VERSION;
   m.attr("cuda_built") = WIDEHEAD_CUDA_BUILT != 0;
+  m.attr("cuda_emulated") = WIDEHEAD_CUDA_EMULATED != 0;  // kernels run on the host, on host memory: tests only
   bind_errors(m);
   m.def("set_num_threads", &widehead::set_num_threads, "n"_a);
   m.def("get_num_threads", &widehead::get_num_threads);
   m.def("set_isa", [](const std::string& name) { widehead::set_isa(std::string_view(name)); }, "name"_a);
   m.def("current_isa", [] { return std::string(widehead::name_of(widehead::current_isa())); });
   m.def("supported_isas", &isa_names);
+  m.def("raise_fault", &raise, "record"_a);
+  m.def("set_cublas_path", &widehead::set_cublas_path, "path"_a);
   m.def("philox", &philox_block, nb::kw_only(), "counter"_a, "key"_a);
   bind_bag(m);
   bind_dense(m);

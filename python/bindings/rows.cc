@@ -15,11 +15,11 @@ using namespace nanobind::literals;
 constexpr Dtypes kInt64 = one_of(Dtype::i64);
 
 void on_cpu(const Arrays& arrays, const char* function) {
-  if (arrays.device(0).kind != Device::Kind::cpu)
+  if (arrays.on_gpu())
     throw BackendError(std::string(function) + ": expected arrays on cpu, got arrays on cuda; move them to the CPU");
 }
 
-void gather(nb::handle weight, nb::handle rows, nb::handle out) {
+void gather(nb::handle weight, nb::handle rows, nb::handle out, nb::handle gpu) {
   Arrays arrays;
   GatherRows args;
   args.weight = arrays.matrix(weight, {"weight", "[n_classes, in_features]", kStored});
@@ -27,13 +27,13 @@ void gather(nb::handle weight, nb::handle rows, nb::handle out) {
   args.rows = static_cast<const std::int64_t*>(r.data);
   args.n = r.size;
   args.out = arrays.out_matrix(out, {"out", "[n, in_features]", kStored});
-  on_cpu(arrays, "gather_rows");
+  args.device = arrays.device(gpu);
   nb::gil_scoped_release no_gil;
   gather_rows(args);
 }
 
 void update(nb::handle weight, nb::handle rows, nb::handle grad, nb::handle bias, nb::handle grad_bias,
-            nb::handle update) {
+            nb::handle update, nb::handle gpu) {
   Arrays arrays;
   UpdateRows args;
   args.weight = arrays.out_matrix(weight, {"weight", "[n_classes, in_features]", kStored});
@@ -45,13 +45,13 @@ void update(nb::handle weight, nb::handle rows, nb::handle grad, nb::handle bias
   args.grad_bias = arrays.vector(grad_bias, {"grad_bias", "[n]", kStored, true});
   const Update step = parse_update(update, arrays);
   args.update = &step;
-  on_cpu(arrays, "update_rows");
+  args.device = arrays.device(gpu);
   nb::gil_scoped_release no_gil;
   update_rows(args);
 }
 
 void sample(nb::handle draws, std::int64_t n_classes, const std::string& proposal, nb::handle threshold,
-            nb::handle alias, std::uint64_t seed, std::uint64_t step) {
+            nb::handle alias, std::uint64_t seed, std::uint64_t step, nb::handle device_seed, nb::handle gpu) {
   Arrays arrays;
   SampleClasses args;
   const AnyVector d = arrays.out_vector(draws, {"draws", "[n]", kInt64});
@@ -71,7 +71,9 @@ void sample(nb::handle draws, std::int64_t n_classes, const std::string& proposa
                                    "[n_classes]");
   args.seed = seed;
   args.step = step;
-  on_cpu(arrays, "sample_classes");
+  args.device_seed =
+      sized<std::int64_t>(arrays.vector(device_seed, {"device_seed", "[1]", kInt64, true}), 1, "device_seed", "[1]");
+  args.device = arrays.device(gpu);
   nb::gil_scoped_release no_gil;
   sample_classes(args);
 }
@@ -89,25 +91,28 @@ void alias_table(nb::handle weight, nb::handle threshold, nb::handle alias) {
                    static_cast<std::int64_t*>(a.data));
 }
 
-void init(nb::handle out, double low, double high, std::uint64_t seed, std::int64_t first_row) {
+void init(nb::handle out, double low, double high, std::uint64_t seed, std::int64_t first_row, nb::handle gpu) {
   Arrays arrays;
   const AnyMatrix view = arrays.out_matrix(out, {"out", "[rows, cols]", kStored});
-  on_cpu(arrays, "init_uniform");
+  const Device device = arrays.device(gpu);
   nb::gil_scoped_release no_gil;
-  init_uniform(view, low, high, seed, first_row);
+  init_uniform(view, low, high, seed, first_row, device);
 }
 
 }  // namespace
 
 void bind_rows(nb::module_& m) {
   const nb::object none = nb::none();
-  m.def("gather_rows", &gather, nb::kw_only(), "weight"_a.none(), "rows"_a.none(), "out"_a.none());
+  m.def("gather_rows", &gather, nb::kw_only(), "weight"_a.none(), "rows"_a.none(), "out"_a.none(),
+        "gpu"_a.none() = none);
   m.def("update_rows", &update, nb::kw_only(), "weight"_a.none(), "rows"_a.none(), "grad"_a.none(),
-        "bias"_a.none() = none, "grad_bias"_a.none() = none, "update"_a.none());
+        "bias"_a.none() = none, "grad_bias"_a.none() = none, "update"_a.none(), "gpu"_a.none() = none);
   m.def("sample_classes", &sample, nb::kw_only(), "draws"_a.none(), "n_classes"_a, "proposal"_a,
-        "threshold"_a.none() = none, "alias"_a.none() = none, "seed"_a, "step"_a);
+        "threshold"_a.none() = none, "alias"_a.none() = none, "seed"_a, "step"_a, "device_seed"_a.none() = none,
+        "gpu"_a.none() = none);
   m.def("alias_table", &alias_table, nb::kw_only(), "weight"_a.none(), "threshold"_a.none(), "alias"_a.none());
-  m.def("init_uniform", &init, nb::kw_only(), "out"_a.none(), "low"_a, "high"_a, "seed"_a, "first_row"_a = 0);
+  m.def("init_uniform", &init, nb::kw_only(), "out"_a.none(), "low"_a, "high"_a, "seed"_a, "first_row"_a = 0,
+        "gpu"_a.none() = none);
 }
 
 }  // namespace widehead::python

@@ -60,13 +60,19 @@ Update parse_update(nb::handle dict, Arrays& arrays) {
       u.seed = natural();
     else if (key == "first_row")
       u.first_row = number<std::int64_t>(v, key, "an integer");
+    else if (key == "device_lr")
+      u.device_lr = sized<float>(arrays.vector(v, {"update.device_lr", "[1]", one_of(Dtype::f32), true}), 1,
+                                 "update.device_lr", "[1]");
+    else if (key == "device_step")
+      u.device_step = sized<std::int64_t>(arrays.vector(v, {"update.device_step", "[1]", one_of(Dtype::i64), true}), 1,
+                                          "update.device_step", "[1]");
     else if (key == "first")
       u.first = arrays.out_matrix(v, {"update.first", "[n_classes, in_features]", kResult, true});
     else if (key == "second")
       u.second = arrays.out_matrix(v, {"update.second", "[n_classes, in_features or 1]", kResult, true});
     else if (key == "compensation")
-      u.compensation =
-          arrays.out_matrix(v, {"update.compensation", "[n_classes, in_features]", one_of(Dtype::bf16), true});
+      u.compensation = arrays.out_matrix(
+          v, {"update.compensation", "[n_classes, in_features]", one_of(Dtype::bf16) | one_of(Dtype::f16), true});
     else if (key == "bias_first")
       u.bias_first = arrays.out_vector(v, {"update.bias_first", "[n_classes]", kResult, true});
     else if (key == "bias_second")

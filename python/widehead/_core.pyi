@@ -2,12 +2,24 @@
 # outputs are written into arrays of the caller. `None` stands for "not given". Every argument is keyword-only.
 # Nothing is copied or converted: rows may be strided, the last axis is contiguous, all arrays lie on one device,
 # outputs are writable. NumPy has no bfloat16, so an array of uint16 is read as bfloat16 wherever bfloat16 is taken.
-from typing import Any
+#
+# On a GPU `gpu` is a dict: "stream", a cudaStream_t as an integer; "scratch", called with n, returns an int64 array [n] in
+# the device's memory to work in; "faults", int64 [5] or None, takes the first bad value (see raise_fault); "refused",
+# int32 [1] or None: not 0 beforehand, the call changes no weights; 1 afterwards, it met a bad value. Nothing waits.
+from collections.abc import Callable
+from typing import Any, TypedDict
 
 Array = Any
 
+class Gpu(TypedDict):
+    stream: int
+    scratch: Callable[[int], Array]
+    faults: Array | None
+    refused: Array | None
+
 __version__: str
 cuda_built: bool
+cuda_emulated: bool
 
 class Error(RuntimeError): ...
 class ShapeError(Error, ValueError): ...
@@ -16,6 +28,11 @@ class LabelError(Error, ValueError): ...
 class NonFiniteError(Error, ValueError): ...
 class CapacityError(Error, MemoryError): ...
 class BackendError(Error): ...
+
+# Throws what the five numbers of a record in `faults`, copied back from the device, say; nothing for zeros.
+def raise_fault(record: list[int]) -> None: ...
+# The file of cuBLAS, for when neither the process nor the loader has one.
+def set_cublas_path(path: str) -> None: ...
 
 def set_num_threads(n: int) -> None: ...
 def get_num_threads() -> int: ...
@@ -30,12 +47,14 @@ def dense_forward(
     loss: str, label_smoothing: float = 0.0, lse_penalty: float = 0.0, softcap: float = 0.0,
     class_weight: Array | None = None, ignore_index: int = -100,
     losses: Array | None, output: Array | None, lse: Array | None,
-    stream: int = 0,
+    tf32: bool = False, gpu: Gpu | None = None,
 ) -> None: ...
 
 # update: None, or a dict with optimizer ("sgd" | "adam" | "adagrad"), rounding ("nearest" | "stochastic" | "kahan"),
 # lr, momentum, beta1, beta2, eps, weight_decay, step, seed, first_row, and the arrays first, second, compensation,
-# bias_first, bias_second (each may be absent). Returns the number of tiles skipped by the gradient filter.
+# bias_first, bias_second (each may be absent); on a GPU device_lr float32 [1] and device_step int64 [1] (steps done so
+# far) take the place of lr and step. Returns the number of tiles skipped by the gradient filter; on a GPU the number is
+# added to `filtered`, int64 [1].
 def dense_backward(
     *, hidden: Array, weight: Array, bias: Array | None, offset: Array | None = None,
     indptr: Array | None, indices: Array, values: Array | None,
@@ -45,42 +64,42 @@ def dense_backward(
     grad_hidden: Array | None = None, grad_weight: Array | None = None, grad_bias: Array | None = None,
     update: dict[str, Any] | None = None,
     losses: Array | None = None, output: Array | None = None,
-    filter_eps: float = 0.0, stream: int = 0,
+    filter_eps: float = 0.0, filtered: Array | None = None, tf32: bool = False, gpu: Gpu | None = None,
 ) -> int: ...
 
 def dense_logits(
     *, hidden: Array, weight: Array, bias: Array | None, offset: Array | None = None, softcap: float = 0.0,
-    logits: Array, stream: int = 0,
+    logits: Array, gpu: Gpu | None = None,
 ) -> None: ...
 def dense_scores(
     *, hidden: Array, weight: Array, bias: Array | None, softcap: float = 0.0, classes: Array, scores: Array,
-    stream: int = 0,
+    gpu: Gpu | None = None,
 ) -> None: ...
 def dense_topk(
     *, hidden: Array, weight: Array, bias: Array | None, softcap: float = 0.0, k: int,
     exclude_indptr: Array | None = None, exclude_indices: Array | None = None,
-    scores: Array, classes: Array, lse: Array | None = None, stream: int = 0,
+    scores: Array, classes: Array, lse: Array | None = None, gpu: Gpu | None = None,
 ) -> None: ...
 
 # Row updates of a weight matrix from row gradients: rows[i] of weight gets the step with grad[i]. Rows are distinct.
 def update_rows(
     *, weight: Array, rows: Array, grad: Array, bias: Array | None = None, grad_bias: Array | None = None,
-    update: dict[str, Any],
+    update: dict[str, Any], gpu: Gpu | None = None,
 ) -> None: ...
 # out[i] = weight[rows[i]] (same dtype); bias likewise.
-def gather_rows(*, weight: Array, rows: Array, out: Array) -> None: ...
+def gather_rows(*, weight: Array, rows: Array, out: Array, gpu: Gpu | None = None) -> None: ...
 
 # Shared negatives of sampled softmax: n draws with replacement keyed by (seed, step). Fills `draws` [n] int64.
 # proposal: "uniform" | "log_uniform" | "alias" (with the alias table's arrays threshold [D] float32, alias [D] int64).
 def sample_classes(
     *, draws: Array, n_classes: int, proposal: str, threshold: Array | None = None, alias: Array | None = None,
-    seed: int, step: int,
+    seed: int, step: int, device_seed: Array | None = None, gpu: Gpu | None = None,
 ) -> None: ...
 # Walker's table of the distribution weight / sum(weight): weight [D] float64, finite and positive -> threshold, alias.
 def alias_table(*, weight: Array, threshold: Array, alias: Array) -> None: ...
 # Fills `out` [rows, cols] with uniform numbers in [low, high) keyed by (seed, row): the initial weights, the same on
 # every shard.
-def init_uniform(*, out: Array, low: float, high: float, seed: int, first_row: int = 0) -> None: ...
+def init_uniform(*, out: Array, low: float, high: float, seed: int, first_row: int = 0, gpu: Gpu | None = None) -> None: ...
 
 # Test hooks for the generator: Philox4x32-10 of a counter and a key.
 def philox(*, counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[int, int, int, int]: ...

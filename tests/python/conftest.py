@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator
 
 import pytest
 
+from devices import no_cuda
 from widehead import _core
 
 THREADS = (1, 2, 4)
@@ -41,19 +41,9 @@ def _leave_settings() -> Iterator[None]:
         _core.set_isa(before[1])
 
 
-def _no_cuda() -> str | None:
-    if not _core.cuda_built:
-        return "widehead was built without CUDA"
-    if importlib.util.find_spec("torch") is None:
-        return "PyTorch is not installed"
-    import torch
-
-    return None if torch.cuda.is_available() else "no CUDA device"
-
-
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> str:
     """Runs the test on the CPU and, where there is one, on a GPU; skipped by name otherwise."""
-    if request.param == "cuda" and (reason := _no_cuda()):
+    if request.param == "cuda" and (reason := no_cuda()):
         pytest.skip(reason)
     return request.param

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from devices import call
 from reference import Dense, Targets
 from widehead import _core
 from widehead.numpy import from_bfloat16, to_bfloat16
@@ -50,6 +51,7 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
     offset: np.ndarray | None = None
     dtype: str = "float32"
+    device: str = "cpu"
 
     @property
     def real(self) -> str:
@@ -78,7 +80,7 @@ class Case:
             name: np.full(len(self.hidden), 7.0, self.real) if name in want else None
             for name in ("losses", "output", "lse")
         }
-        _core.dense_forward(**self.arguments(), **out)
+        call(_core.dense_forward, self.device, **self.arguments(), **out)
         return {name: array for name, array in out.items() if array is not None}
 
     def backward(self, scale: np.ndarray, **more: Any) -> dict[str, np.ndarray]:
@@ -89,8 +91,8 @@ class Case:
             "grad_weight": np.full(self.weight.shape, 7, self.real),
             "grad_bias": None if self.bias is None else np.full(len(self.weight), 7, self.real),
         }
-        self.filtered = _core.dense_backward(
-            **self.arguments(), lse=lse, grad_losses=scale.astype(self.real), **out, **more
+        self.filtered = call(
+            _core.dense_backward, self.device, **self.arguments(), lse=lse, grad_losses=scale.astype(self.real), **out, **more
         )
         return {name: array for name, array in out.items() if array is not None}
 
@@ -99,7 +101,9 @@ class Case:
         lse = self.forward(("lse",))["lse"] if self.options["loss"] == "softmax" else None
         weight, bias = self.weight.copy(), None if self.bias is None else self.bias.copy()
         grad_hidden = np.full_like(self.hidden, 7)
-        _core.dense_backward(
+        call(
+            _core.dense_backward,
+            self.device,
             **{**self.arguments(), "weight": weight, "bias": bias},
             lse=lse,
             grad_losses=scale.astype(self.real),
@@ -137,6 +141,7 @@ def make(
     pad: int = 0,
     class_weight: bool = False,
     offset: bool = False,
+    device: str = "cpu",
     **options: Any,
 ) -> Case:
     """A random case; logits have a spread of about `scale`."""
@@ -161,7 +166,7 @@ def make(
         shift[0] = 0.5  # a softmax over nothing would not be one
     if pad:
         hidden, weight = strided(hidden, pad), strided(weight, pad + 1)
-    return Case(hidden, weight, kept, target, options, shift, dtype)
+    return Case(hidden, weight, kept, target, options, shift, dtype, device)
 
 
 def weights_of_examples(case: Case, seed: int = 1) -> np.ndarray:

@@ -5,6 +5,10 @@
 // Classes are walked in tiles that stay in cache. The softmax normaliser is online (Milakov & Gimelshein, arXiv 1805.02867);
 // the fused layout follows "Cut Your Losses" (arXiv 2411.09009), with the update applied to a tile while it is in cache.
 // No entry changes anything before all its arguments are checked. Results are the same bits for any number of threads.
+//
+// On a GPU a call enqueues its work on device.stream and returns: it never waits, and CUDA graphs can capture it. Shapes
+// and data types are refused at once; bad values (labels out of range, NaN where a fused step would take it) are
+// recorded in device.faults, the losses of their rows are NaN, and gradients and steps of that call change nothing.
 #pragma once
 #include <cstdint>
 
@@ -15,15 +19,16 @@
 
 namespace widehead {
 
-// What every operation of the head reads. Arithmetic: float64 weights in float64 (CPU only); float32 weights in float32;
-// bfloat16 weights by products of bfloat16 (hidden is rounded to it) accumulated in float32.
+// What every operation of the head reads. Arithmetic: float64 weights in float64; float32 weights in float32; bfloat16
+// weights by products of bfloat16 (hidden is rounded to it) accumulated in float32; float16 weights (GPU) likewise.
 struct DenseLayer {
   ConstAnyMatrix hidden = {};  // [B, d] float32 | bfloat16 | float16 | float64 (with float64 weights)
-  ConstAnyMatrix weight = {};  // [D, d] float32 | bfloat16 | float64
+  ConstAnyMatrix weight = {};  // [D, d] float32 | bfloat16 | float64, on a GPU also float16
   ConstAnyVector bias = {};    // [D] or empty; float32 | bfloat16 | float64
   // [D] or null: added to a class's logit except where it is the example's own target. The log-weight of a sampled
   // class; -infinity: the class serves its own examples only.
   const float* offset = nullptr;
+  bool tf32 = false;  // GPU: products of float32 may round their factors to TF32, as torch's allow_tf32
 };
 
 // Losses of a batch. Per-example outputs are float32 (float64 with float64 weights); any of them may be left out.
@@ -37,6 +42,8 @@ struct DenseForward {
   Device device = {};
 };
 void dense_forward(const DenseForward& args);
+// Bytes of device.scratch that the call wants; 0 on the CPU. Looks at shapes, data types and options only.
+std::int64_t scratch_bytes(const DenseForward& args);
 
 // Gradients, and with `update` the optimiser's step on weight and bias.
 // The objective is sum_i grad_loss_i loss_i + grad_output_i output_i + grad_lse_i lse_i.
@@ -59,12 +66,13 @@ struct DenseBackward {
   // Softmax gradient filtering: a tile in which every |dL/dz| stays below filter_eps * max_i |grad_losses_i| is skipped.
   // Each skipped entry is in error by less than that. 0: off. *filtered counts the skipped tiles.
   double filter_eps = 0.0;
-  std::int64_t* filtered = nullptr;
+  std::int64_t* filtered = nullptr;  // on a GPU in its memory, and added to
   Device device = {};
 };
 // With `update`, throws NonFiniteError before any change when hidden, lse or a gradient that comes in is NaN or infinite;
 // without it such numbers go into the gradients, as in torch.
 void dense_backward(const DenseBackward& args);
+std::int64_t scratch_bytes(const DenseBackward& args);
 
 // logits [B, D]; for callers who want all of them.
 struct DenseLogits {
@@ -74,6 +82,7 @@ struct DenseLogits {
   Device device = {};
 };
 void dense_logits(const DenseLogits& args);
+std::int64_t scratch_bytes(const DenseLogits& args);
 
 // scores[b, j] = logit of class classes[b, j].
 struct DenseScores {
@@ -85,6 +94,7 @@ struct DenseScores {
   Device device = {};
 };
 void dense_scores(const DenseScores& args);
+std::int64_t scratch_bytes(const DenseScores& args);
 
 // The k best classes, best first; equal scores in order of class. A class whose logit is -infinity (a masked one) or NaN
 // is never among them. Rows with fewer than k classes left end with score -infinity and class -1.
@@ -100,5 +110,6 @@ struct DenseTopK {
   Device device = {};
 };
 void dense_topk(const DenseTopK& args);
+std::int64_t scratch_bytes(const DenseTopK& args);
 
 }  // namespace widehead

@@ -12,7 +12,9 @@ struct Labels {
   const float* values = nullptr;          // [nnz] weights, or null for 1
   std::int64_t rows = 0;
   std::int64_t n_classes = 0;
+  std::int64_t size = 0;  // length of `indices`; only a GPU needs it, where indptr cannot be read
 
+  // CPU only.
   std::int64_t nnz() const { return indptr ? indptr[rows] : rows; }
 };
 

@@ -6,6 +6,8 @@
 #pragma once
 #include <cstdint>
 
+#include "widehead/view.h"
+
 namespace widehead {
 
 // uniform      q_c = 1 / D
@@ -26,6 +28,8 @@ struct SampleClasses {
   const std::int64_t* alias = nullptr;
   std::uint64_t seed = 0;
   std::uint64_t step = 0;
+  const std::int64_t* device_seed = nullptr;  // GPU: [1], in the place of seed
+  Device device = {};
 };
 void sample_classes(const SampleClasses& args);
 

@@ -139,12 +139,22 @@ struct ConstAnyVector {
   explicit operator bool() const { return data != nullptr; }
 };
 
-// Where the memory lies and the work runs. `stream` is an opaque cudaStream_t; the CPU ignores it.
+struct FaultRecord;  // fault.h
+
+// Where the memory lies and the work runs. The rest is for a GPU, and its pointers are to that device's memory; the CPU
+// ignores it.
 struct Device {
   enum class Kind : std::uint8_t { cpu, cuda };
   Kind kind = Kind::cpu;
   int index = 0;
-  void* stream = nullptr;
+  void* stream = nullptr;  // an opaque cudaStream_t: the call enqueues its work there and returns
+  // Memory to work in, aligned to 256 bytes, at least as much as the call's scratch_bytes(args) says. It may be used for
+  // other work on the same stream as soon as the call has returned.
+  void* scratch = nullptr;
+  std::int64_t scratch_bytes = 0;
+  FaultRecord* faults = nullptr;  // takes the first bad value; null: they are only acted upon
+  // [1] or null. Not zero when the call's work begins: it changes no weights. Becomes 1 when it meets a bad value.
+  std::int32_t* refused = nullptr;
 };
 
 }  // namespace widehead

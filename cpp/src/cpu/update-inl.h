@@ -2,34 +2,10 @@
 #pragma once
 #include "cpu/kernels.h"
 #include "cpu/simd.h"
+#include "update_math.h"
 #include "widehead/random.h"
 
 namespace widehead::cpu::WIDEHEAD_ISA_NAME {
-
-// Numbers of the step that do not depend on the element.
-template <class Real>
-struct UpdateScalars {
-  Real lr, momentum, decay, beta1, beta2, rest1, rest2, keep, step_size, inverse_bias2, eps;
-
-  explicit UpdateScalars(const Update& u)
-      : lr(static_cast<Real>(u.lr)),
-        momentum(static_cast<Real>(u.momentum)),
-        decay(static_cast<Real>(u.weight_decay)),
-        beta1(static_cast<Real>(u.beta1)),
-        beta2(static_cast<Real>(u.beta2)),
-        // 1 - 0.999 in float32 is off by 1e-5, which the bias correction, exact, would not undo.
-        rest1(static_cast<Real>(1.0 - u.beta1)),
-        rest2(static_cast<Real>(1.0 - u.beta2)),
-        keep(static_cast<Real>(1.0 - u.lr * u.weight_decay)),
-        step_size(static_cast<Real>(u.lr * bias_correction(u, u.beta1))),
-        inverse_bias2(static_cast<Real>(bias_correction(u, u.beta2))),
-        eps(static_cast<Real>(u.eps)) {}
-
-  // The power costs as much as a short row, so only Adam pays for it.
-  static double bias_correction(const Update& u, double beta) {
-    return u.optimizer == Optimizer::adam ? 1.0 / (1.0 - __builtin_pow(beta, static_cast<double>(u.step))) : 1.0;
-  }
-};
 
 // x . y in float64, by eight partial sums that the compiler can keep in vector registers.
 template <class Real>
@@ -40,25 +16,6 @@ double dot_f64(const Real* __restrict__ x, const Real* __restrict__ y, i64 n) {
     for (int i = 0; i < 8; ++i) part[i] += static_cast<double>(x[j + i]) * static_cast<double>(y[j + i]);
   for (; j < n; ++j) part[j & 7] += static_cast<double>(x[j]) * static_cast<double>(y[j]);
   return ((part[0] + part[4]) + (part[1] + part[5])) + ((part[2] + part[6]) + (part[3] + part[7]));
-}
-
-// The weight after the step, before rounding. m and v are the element's moments.
-template <class Real>
-WIDEHEAD_INLINE Real stepped(const UpdateScalars<Real>& s, Optimizer kind, Real w, Real g, Real* m, Real* v,
-                             Real row_scale) {
-  if (kind == Optimizer::sgd) {
-    g += s.decay * w;
-    if (m) g = *m = s.momentum * *m + g;
-    return w - s.lr * g;
-  }
-  if (kind == Optimizer::adam) {
-    *m = s.beta1 * *m + s.rest1 * g;
-    *v = s.beta2 * *v + s.rest2 * g * g;
-    const Real root = sizeof(Real) == 4 ? static_cast<Real>(__builtin_sqrtf(static_cast<float>(*v * s.inverse_bias2)))
-                                        : static_cast<Real>(__builtin_sqrt(static_cast<double>(*v * s.inverse_bias2)));
-    return w * s.keep - s.step_size * *m / (root + s.eps);
-  }
-  return w * s.keep - row_scale * g;
 }
 
 // Adagrad with one accumulator a row: returns lr / (sqrt(sum of mean squares) + eps).

@@ -1,6 +1,10 @@
 // backend.h -- entries of the CUDA backend; the arguments have been checked by the caller
 #pragma once
+#include <string>
+
 #include "widehead/dense.h"
+#include "widehead/rows.h"
+#include "widehead/sampling.h"
 
 namespace widehead::cuda {
 
@@ -10,5 +14,17 @@ void dense_backward(const DenseBackward& args);
 void dense_logits(const DenseLogits& args);
 void dense_scores(const DenseScores& args);
 void dense_topk(const DenseTopK& args);
+std::int64_t scratch_bytes(const DenseForward& args);
+std::int64_t scratch_bytes(const DenseBackward& args);
+std::int64_t scratch_bytes(const DenseLogits& args);
+std::int64_t scratch_bytes(const DenseScores& args);
+std::int64_t scratch_bytes(const DenseTopK& args);
+
+void gather_rows(const GatherRows& args);
+void update_rows(const UpdateRows& args);
+void sample_classes(const SampleClasses& args);
+void init_uniform(const AnyMatrix& out, double low, double high, std::uint64_t seed, std::int64_t first_row,
+                  const Device& device);
+void set_cublas_path(const std::string& path);
 
 }  // namespace widehead::cuda

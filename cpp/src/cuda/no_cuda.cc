@@ -16,5 +16,15 @@ void dense_backward(const DenseBackward&) { refuse(); }
 void dense_logits(const DenseLogits&) { refuse(); }
 void dense_scores(const DenseScores&) { refuse(); }
 void dense_topk(const DenseTopK&) { refuse(); }
+std::int64_t scratch_bytes(const DenseForward&) { refuse(); }
+std::int64_t scratch_bytes(const DenseBackward&) { refuse(); }
+std::int64_t scratch_bytes(const DenseLogits&) { refuse(); }
+std::int64_t scratch_bytes(const DenseScores&) { refuse(); }
+std::int64_t scratch_bytes(const DenseTopK&) { refuse(); }
+void gather_rows(const GatherRows&) { refuse(); }
+void update_rows(const UpdateRows&) { refuse(); }
+void sample_classes(const SampleClasses&) { refuse(); }
+void init_uniform(const AnyMatrix&, double, double, std::uint64_t, std::int64_t, const Device&) { refuse(); }
+void set_cublas_path(const std::string&) {}  // harmless: there is nothing to find
 
 }  // namespace widehead::cuda

@@ -25,7 +25,7 @@ def _layer(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> dict[str, Any
         "hidden": capsule(rows(hidden)),
         "weight": capsule(weight),
         "bias": capsule(bias),
-        "stream": stream_of(hidden),
+        
     }
 
 
