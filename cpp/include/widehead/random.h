@@ -116,6 +116,23 @@ WIDEHEAD_HD inline std::uint16_t bf16_stochastic(float x, std::uint32_t random16
   if ((u & 0x7F800000u) == 0x7F800000u) return bf16_nearest(x);
   return static_cast<std::uint16_t>((u + random16) >> 16);
 }
+// IEEE half by stochastic rounding with 16 random bits, of which normal halves use the upper 13: the expectation is x
+// exactly. Below 2^-14, where halves are multiples of 2^-24, the odds are multiples of 2^-16: the expectation is x cut to
+// a multiple of 2^-40. Beyond the largest half there is nothing to choose between: to nearest.
+WIDEHEAD_HD inline std::uint16_t f16_stochastic(float x, std::uint32_t random16) {
+  const std::uint32_t u = float_bits(x);
+  const std::uint32_t sign = (u >> 16) & 0x8000u;
+  const std::uint32_t magnitude = u & 0x7FFFFFFFu;
+  if (magnitude > 0x7F800000u) return static_cast<std::uint16_t>(sign | 0x7E00u | ((magnitude >> 13) & 0x3FFu));
+  if (magnitude >= 0x477FE000u)
+    return static_cast<std::uint16_t>(sign | (magnitude >= 0x477FF000u ? 0x7C00u : 0x7BFFu));
+  if (magnitude < 0x38800000u) {
+    const auto steps = static_cast<std::uint32_t>(bits_float(magnitude) * 0x1p40f);
+    return static_cast<std::uint16_t>(sign | ((steps + random16) >> 16));
+  }
+  const std::uint32_t rebased = magnitude - (std::uint32_t{127 - 15} << 23);
+  return static_cast<std::uint16_t>(sign | ((rebased + (random16 >> 3)) >> 13));
+}
 WIDEHEAD_HD inline float bf16_float(std::uint16_t b) { return bits_float(static_cast<std::uint32_t>(b) << 16); }
 
 // IEEE half, round to nearest even.
