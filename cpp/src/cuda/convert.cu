@@ -11,7 +11,8 @@ __global__ void convert_kernel(ConstAnyMatrix from, To* to, i64 stride) {
   const i64 n = from.rows * from.cols, step = static_cast<i64>(gridDim.x) * blockDim.x;
   for (i64 i = static_cast<i64>(blockIdx.x) * blockDim.x + threadIdx.x; i < n; i += step) {
     const i64 r = i / from.cols, c = i % from.cols;
-    to[r * stride + c] = from_float<To>(element_as<std::conditional_t<sizeof(To) == 8, double, float>>(from.data, from.dtype, r * from.stride + c));
+    to[r * stride + c] = from_float<To>(
+        element_as<std::conditional_t<sizeof(To) == 8, double, float>>(from.data, from.dtype, r * from.stride + c));
   }
 }
 

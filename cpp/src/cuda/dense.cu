@@ -53,7 +53,8 @@ class Tiles {
     hidden_ = layer.hidden;
     if (layer.hidden.dtype != layer.weight.dtype) {
       auto* x = scratch.take<W>(layer.hidden.rows * layer.hidden.cols);
-      hidden_ = {x, layer.weight.dtype, layer.hidden.rows, layer.hidden.cols, layer.hidden.cols};
+      converted_ = {x, layer.weight.dtype, layer.hidden.rows, layer.hidden.cols, layer.hidden.cols};
+      hidden_ = converted_;
     }
     z = scratch.take<Real>(cuts.chunk * cuts.stride);
     if (loss.label_smoothing > 0) {
@@ -68,7 +69,7 @@ class Tiles {
     }
     prepare_targets(device_, target, loss_, report(), targets);
     if (weight_sum) sum_class_weights(device_, loss_.class_weight, layer_.weight.rows, parts_, weight_sum);
-    if (hidden_.data != layer_.hidden.data) convert_rows(device_, layer_.hidden, hidden_);
+    if (converted_) convert_rows(device_, layer_.hidden, converted_);
   }
 
   Report report() const { return {device_.faults, device_.refused ? device_.refused : refused_}; }
@@ -81,9 +82,8 @@ class Tiles {
       TilePlace place{0, 0, first, at_most(cuts.tile, classes - first), cuts.stride};
       for (place.row = 0; place.row < batch; place.row += cuts.chunk) {
         place.rows = at_most(cuts.chunk, batch - place.row);
-        Product p{place.rows,  place.count,        layer_.weight.cols, hidden(place.row),
-                  weight(first, true), layer_.weight.dtype, z,                  cuts.stride,
-                  real_dtype()};
+        Product p{place.rows,          place.count, layer_.weight.cols, hidden(place.row), weight(first, true),
+                  layer_.weight.dtype, z,           cuts.stride,        real_dtype()};
         p.tf32 = layer_.tf32;
         blas.multiply(p);
         f(place);
@@ -109,6 +109,7 @@ class Tiles {
   char* workspace_ = nullptr;
   double* parts_ = nullptr;
   ConstAnyMatrix hidden_;
+  AnyMatrix converted_;  // where hidden's type is not the weights'
 
  public:
   Problem<Real> problem;
@@ -163,18 +164,16 @@ class Backward {
     want_weight_ = args.grad_weight || args.update;
     want_bias_ = args.grad_bias || (args.update && args.layer.bias);
     // A gradient in the weights' own type comes from one product; one of several chunks is summed first.
-    direct_ = args.grad_weight && (args.grad_weight.dtype == tiles_.real_dtype() ||
-                                   (args.grad_weight.dtype == args.layer.weight.dtype && batch <= cuts.chunk)) &&
+    direct_ = args.grad_weight &&
+              (args.grad_weight.dtype == tiles_.real_dtype() ||
+               (args.grad_weight.dtype == args.layer.weight.dtype && batch <= cuts.chunk)) &&
               batch > 0;
     if (want_weight_ && !direct_) grad_weight_ = scratch.take<Real>(cuts.tile * d);
     if (want_bias_) {
       column_sums_ = scratch.take<Real>(row_blocks() * cuts.stride);
       grad_bias_ = scratch.take<Real>(cuts.tile);
     }
-    if (args.update) {
-      scalars_ = scratch.take<UpdateScalars<Real>>(1);
-      if (args.update->optimizer == Optimizer::adagrad) row_scales_ = scratch.take<Real>(cuts.tile);
-    }
+    if (args.update) step_ = take_step_scratch(scratch, *args.update, args.layer.weight.dtype, cuts.tile);
   }
 
   void run() {
@@ -183,14 +182,14 @@ class Backward {
     const Report report = tiles_.report();
     if (args_.update) {
       check_finite(args_.device, args_.layer.hidden, Argument::hidden, report);
-      launch_scalars(args_.device, *args_.update, scalars_);
+      launch_scalars(args_.device, *args_.update, args_.layer.weight.dtype, step_);
     }
     prepare_gradients(args_, tiles_.targets, tiles_.weight_sum, args_.update != nullptr, report, gradients_, largest_);
     if (sums_) clear_sums(args_.device, sums_, batch * tiles_.cuts.pieces.slots);
     if (batch == 0 && grad_weight_)
-      WIDEHEAD_CUDA_CHECK(cudaMemsetAsync(grad_weight_, 0,
-                                          static_cast<std::size_t>(tiles_.cuts.tile * args_.layer.weight.cols) * sizeof(Real),
-                                          static_cast<cudaStream_t>(args_.device.stream)));
+      WIDEHEAD_CUDA_CHECK(cudaMemsetAsync(
+          grad_weight_, 0, static_cast<std::size_t>(tiles_.cuts.tile * args_.layer.weight.cols) * sizeof(Real),
+          static_cast<cudaStream_t>(args_.device.stream)));
     const Cublas blas = tiles_.blas();
     tiles_.walk(
         blas, [&](const TilePlace& place) { chunk(blas, place); }, [&](const TilePlace& place) { finish_tile(place); });
@@ -211,7 +210,7 @@ class Backward {
     if (sums_)
       accumulate_tile<W, Real>(args_.device, args_.loss.kind, tiles_.problem, place, tiles_.cuts.pieces, tiles_.targets,
                                tiles_.z, sums_);
-    GradientTask<W, Real> task{tiles_.targets, gradients_, tiles_.z, g_, nullptr, largest_, 0, args_.filtered,
+    GradientTask<W, Real> task{tiles_.targets,         gradients_, tiles_.z, g_, nullptr, largest_, 0, args_.filtered,
                                tiles_.report().refused};
     if (args_.loss.kind == Loss::softmax) task.filter_eps = static_cast<float>(args_.filter_eps);
     if (column_sums_)
@@ -226,8 +225,16 @@ class Backward {
                       grad_hidden_.stride, tiles_.real_dtype(), place.first > 0});
     }
     if (!want_weight_) return;
-    Product p{place.count, d, place.rows, {g_, tiles_.cuts.stride, true}, tiles_.hidden(place.row), factors,
-              grad_weight_, d,        tiles_.real_dtype(), place.row > 0};
+    Product p{place.count,
+              d,
+              place.rows,
+              {g_, tiles_.cuts.stride, true},
+              tiles_.hidden(place.row),
+              factors,
+              grad_weight_,
+              d,
+              tiles_.real_dtype(),
+              place.row > 0};
     if (direct_) {
       const AnyMatrix& out = args_.grad_weight;
       p.c = static_cast<char*>(out.data) + place.first * out.stride * size_of(out.dtype);
@@ -246,21 +253,21 @@ class Backward {
     const i64 d = args_.layer.weight.cols;
     const std::int32_t* refused = tiles_.report().refused;
     if (args_.update)
-      launch_update(args_.device, *args_.update, writable_weight(), place.first, grad_weight_, place.count, d, scalars_,
-                    refused, row_scales_);
+      launch_update(args_.device, *args_.update, writable_weight(),
+                    {grad_weight_, tiles_.real_dtype(), place.count, d, place.first}, step_, refused);
     if (grad_weight_ && args_.grad_weight)
       convert_rows(args_.device, {grad_weight_, tiles_.real_dtype(), place.count, d, d},
                    rows_of(args_.grad_weight, place.first, place.count));
     if (!want_bias_) return;
     sum_columns(args_.device, column_sums_, row_blocks(), tiles_.cuts.stride, place.count, grad_bias_);
-    if (args_.update)
-      launch_update_bias(args_.device, *args_.update, writable_bias(), place.first, grad_bias_, place.count, scalars_,
-                         refused);
+    if (args_.update && args_.layer.bias)
+      launch_update_bias(args_.device, *args_.update, writable_bias(),
+                         {grad_bias_, tiles_.real_dtype(), place.count, 1, place.first}, step_, refused);
     if (args_.grad_bias) {
       const AnyVector& out = args_.grad_bias;
-      convert_rows(args_.device, {grad_bias_, tiles_.real_dtype(), 1, place.count, place.count},
-                   {static_cast<char*>(out.data) + place.first * size_of(out.dtype), out.dtype, 1, place.count,
-                    place.count});
+      convert_rows(
+          args_.device, {grad_bias_, tiles_.real_dtype(), 1, place.count, place.count},
+          {static_cast<char*>(out.data) + place.first * size_of(out.dtype), out.dtype, 1, place.count, place.count});
     }
   }
 
@@ -283,8 +290,8 @@ class Backward {
   float* largest_ = nullptr;
   W* g_ = nullptr;
   AnyMatrix grad_hidden_;
-  Real *grad_weight_ = nullptr, *column_sums_ = nullptr, *grad_bias_ = nullptr, *row_scales_ = nullptr;
-  UpdateScalars<Real>* scalars_ = nullptr;
+  Real *grad_weight_ = nullptr, *column_sums_ = nullptr, *grad_bias_ = nullptr;
+  StepScratch step_;
   bool want_weight_ = false, want_bias_ = false, direct_ = false;
 };
 

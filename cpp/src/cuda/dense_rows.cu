@@ -37,8 +37,7 @@ __global__ void prepare_targets_kernel(Labels t, LossOptions loss, Report report
       row.begin = t.indptr[b];
       row.end = t.indptr[b + 1];
       if (row.begin < 0 || row.end < row.begin || row.end > t.size) {
-        if (lane == 0)
-          report(Fault::row_pointer, Argument::target, b, row.begin < 0 ? row.begin : row.end, t.size);
+        if (lane == 0) report(Fault::row_pointer, Argument::target, b, row.begin < 0 ? row.begin : row.end, t.size);
         row.begin = row.end = 0;
         row.state = RowState::bad;
       }
@@ -192,13 +191,15 @@ __device__ void put(const AnyVector& v, i64 i, double x) {
 
 template <class Real>
 __global__ void finish_losses_kernel(LossOptions loss, i64 batch, i64 classes, const RowTargets* rows,
-                                     const double* class_weight_sum, const RowSums<Real>* sums, int slots, Outputs out) {
+                                     const double* class_weight_sum, const RowSums<Real>* sums, int slots,
+                                     Outputs out) {
   for (i64 b = global_thread(); b < batch; b += threads_in_grid()) {
     const RowSums<Real>* s = sums + b * slots;
     double top = static_cast<double>(s[0].max), sum = 0, aux = 0, output = 0, adjust = 0;
     for (int i = 1; i < slots; ++i) top = larger(top, static_cast<double>(s[i].max));
     for (int i = 0; i < slots; ++i) {
-      sum += (static_cast<double>(s[i].sum) - static_cast<double>(s[i].lost)) * exp(static_cast<double>(s[i].max) - top);
+      sum +=
+          (static_cast<double>(s[i].sum) - static_cast<double>(s[i].lost)) * exp(static_cast<double>(s[i].max) - top);
       aux += static_cast<double>(s[i].aux) - static_cast<double>(s[i].aux_lost);
       output += s[i].output;
       adjust += s[i].adjust;
@@ -252,8 +253,8 @@ void prepare_gradients(const DenseBackward& args, const RowTargets* rows, const 
   const i64 batch = args.layer.hidden.rows;
   WIDEHEAD_CUDA_CHECK(cudaMemsetAsync(largest, 0, sizeof(float), static_cast<cudaStream_t>(args.device.stream)));
   launch(args.device, blocks_for(batch, kThreads), kThreads, 0, prepare_gradients_kernel<Real>,
-         Incoming{args.grad_losses, args.grad_output, args.grad_lse, args.lse}, args.loss, batch, args.layer.weight.rows,
-         rows, class_weight_sum, strict, report, out, largest);
+         Incoming{args.grad_losses, args.grad_output, args.grad_lse, args.lse}, args.loss, batch,
+         args.layer.weight.rows, rows, class_weight_sum, strict, report, out, largest);
 }
 
 void check_finite(const Device& device, const ConstAnyMatrix& m, Argument argument, const Report& report) {

@@ -91,8 +91,8 @@ __device__ inline void add_to(LogSum<Real>& s, const Real (&z)[kVector], const b
 }
 
 template <class W, Loss kLoss, class Real>
-__global__ void __launch_bounds__(256) accumulate_kernel(Problem<Real> p, TilePlace t, Pieces pieces, const RowTargets* rows,
-                                                         const Real* z, RowSums<Real>* sums) {
+__global__ void __launch_bounds__(256) accumulate_kernel(Problem<Real> p, TilePlace t, Pieces pieces,
+                                                         const RowTargets* rows, const Real* z, RowSums<Real>* sums) {
   const int lane = static_cast<int>(threadIdx.x % 32);
   const i64 warps = static_cast<i64>(gridDim.x) * (blockDim.x / 32);
   for (i64 item = static_cast<i64>(blockIdx.x) * (blockDim.x / 32) + threadIdx.x / 32; item < t.rows * pieces.slots;
@@ -129,7 +129,8 @@ __global__ void __launch_bounds__(256) accumulate_kernel(Problem<Real> p, TilePl
     }
     if (kLoss == Loss::softmax)
       for (int step = 16; step > 0; step /= 2) {
-        const LogSum<Real> other{__shfl_xor_sync(kAllLanes, part.max, step), __shfl_xor_sync(kAllLanes, part.sum, step)};
+        const LogSum<Real> other{__shfl_xor_sync(kAllLanes, part.max, step),
+                                 __shfl_xor_sync(kAllLanes, part.sum, step)};
         part = merged(part, other);
       }
     aux = warp_total(aux);
@@ -225,8 +226,7 @@ __global__ void __launch_bounds__(kPatchThreads)
       const Real zeros[kVector] = {};
       for (i64 r = 0; r < patch_rows && left > 0; ++r) store4(task.g + (r0 + r) * t.stride + mine, zeros);
       for (Real& s : sums) s = 0;
-      if (threadIdx.x == 0 && task.filtered)
-        atomicAdd(reinterpret_cast<unsigned long long*>(task.filtered), 1ull);
+      if (threadIdx.x == 0 && task.filtered) atomicAdd(reinterpret_cast<unsigned long long*>(task.filtered), 1ull);
     }
     if (task.column_sums && left > 0)
       for (int i = 0; i < kVector; ++i) task.column_sums[r0 / kPatchRows * t.stride + mine + i] = sums[i];

@@ -31,10 +31,10 @@ struct GradientTask {
   const RowGradient<Real>* gradients;
   const Real* z;
   W* g;
-  Real* column_sums;      // [row blocks of the tile, stride] or null: sums of G over each patch's examples
-  const float* largest;   // of |grad_losses|, for the filter
-  float filter_eps;       // 0: off
-  i64* filtered;          // or null
+  Real* column_sums;     // [row blocks of the tile, stride] or null: sums of G over each patch's examples
+  const float* largest;  // of |grad_losses|, for the filter
+  float filter_eps;      // 0: off
+  i64* filtered;         // or null
   const std::int32_t* refused;
 };
 

@@ -4,8 +4,8 @@
 namespace widehead::cuda {
 
 template void accumulate_tile<f16, float>(const Device&, Loss, const Problem<float>&, const TilePlace&, const Pieces&,
-                                       const RowTargets*, const float*, RowSums<float>*);
+                                          const RowTargets*, const float*, RowSums<float>*);
 template void gradient_tile<f16, float>(const Device&, Loss, const Problem<float>&, const TilePlace&,
-                                     const GradientTask<f16, float>&);
+                                        const GradientTask<f16, float>&);
 
 }  // namespace widehead::cuda

@@ -4,8 +4,8 @@
 namespace widehead::cuda {
 
 template void accumulate_tile<float, float>(const Device&, Loss, const Problem<float>&, const TilePlace&, const Pieces&,
-                                       const RowTargets*, const float*, RowSums<float>*);
+                                            const RowTargets*, const float*, RowSums<float>*);
 template void gradient_tile<float, float>(const Device&, Loss, const Problem<float>&, const TilePlace&,
-                                     const GradientTask<float, float>&);
+                                          const GradientTask<float, float>&);
 
 }  // namespace widehead::cuda

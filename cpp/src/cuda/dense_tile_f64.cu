@@ -3,9 +3,9 @@
 
 namespace widehead::cuda {
 
-template void accumulate_tile<double, double>(const Device&, Loss, const Problem<double>&, const TilePlace&, const Pieces&,
-                                       const RowTargets*, const double*, RowSums<double>*);
+template void accumulate_tile<double, double>(const Device&, Loss, const Problem<double>&, const TilePlace&,
+                                              const Pieces&, const RowTargets*, const double*, RowSums<double>*);
 template void gradient_tile<double, double>(const Device&, Loss, const Problem<double>&, const TilePlace&,
-                                     const GradientTask<double, double>&);
+                                            const GradientTask<double, double>&);
 
 }  // namespace widehead::cuda

@@ -31,7 +31,8 @@ struct LogSum {
 // Below every finite logit, and such that differences to itself are 0 and not NaN.
 template <class Real>
 WIDEHEAD_HD inline LogSum<Real> empty_sum() {
-  return {sizeof(Real) == 4 ? static_cast<Real>(-3.4028234663852886e38) : static_cast<Real>(-1.7976931348623157e308), 0};
+  return {sizeof(Real) == 4 ? static_cast<Real>(-3.4028234663852886e38) : static_cast<Real>(-1.7976931348623157e308),
+          0};
 }
 template <class Real>
 WIDEHEAD_HD inline LogSum<Real> merged(LogSum<Real> a, LogSum<Real> b) {
