@@ -1,7 +1,7 @@
 """tests/python/devices.py -- calls of the core on a GPU with NumPy arrays: on a real one, or on the host's emulation.
 
-The emulation (CMake option WIDEHEAD_CUDA_EMULATED) runs the CUDA kernels on host memory. DLPack capsules of host arrays are
-relabelled as CUDA memory, so the core takes its CUDA path.
+The emulation (CMake option WIDEHEAD_CUDA_EMULATED) runs the CUDA kernels on host memory. DLPack capsules of host arrays
+are relabelled as CUDA memory, so the core takes its CUDA path.
 """
 
 from __future__ import annotations
@@ -36,17 +36,24 @@ def no_cuda() -> str | None:
 
 
 def claim_cuda(capsule: Any) -> Any:
-    """The same capsule, its memory declared CUDA's: the first field of a DLTensor is the pointer, the second the device."""
+    """The same capsule, its memory declared CUDA's: a DLTensor begins with the pointer, then comes the device."""
     device = ctypes.c_int32.from_address(_get_pointer(capsule, b"dltensor") + 8)
     device.value = DLPACK_CUDA
     return capsule
 
 
+_memory = np.empty(0, np.int64)
+
+
 def aligned(n: int, alignment: int = 256) -> np.ndarray:
-    """int64 [n], aligned as a GPU's allocations are, full of NaN's bits."""
-    memory = np.full(n + alignment // 8, -1, np.int64)
-    first = -memory.ctypes.data % alignment // 8
-    return memory[first : first + n]
+    """int64 [n], aligned as a GPU's allocations are, full of NaN's bits; the same memory at every call."""
+    global _memory
+    if len(_memory) < n + alignment // 8:
+        _memory = np.empty(n + alignment // 8, np.int64)
+    first = -_memory.ctypes.data % alignment // 8
+    memory = _memory[first : first + n]
+    memory.fill(-1)
+    return memory
 
 
 class _Host:
@@ -103,7 +110,8 @@ def call(function: Callable[..., Any], device: str, *, check: bool = True, **arg
         return {name: give(v) for name, v in value.items()} if isinstance(value, dict) else value
 
     faults, refused = np.zeros(FAULT_NUMBERS, np.int64), np.zeros(1, np.int32)
-    gpu = {"stream": place.stream, "scratch": place.scratch, "faults": place.give(faults), "refused": place.give(refused)}
+    flags = {"faults": place.give(faults), "refused": place.give(refused)}
+    gpu = {"stream": place.stream, "scratch": place.scratch, **flags}
     counted = np.zeros(1, np.int64)
     counts = "filter_eps" in arguments
     if counts:
