@@ -28,7 +28,7 @@ template <class W, int kD, Loss kLoss>
 __global__ void __launch_bounds__(FusedTile<W, kD>::kThreads, FusedTile<W, kD>::kBlocksPerProcessor)
     sums_kernel(FusedProblem<W> p, int parts, RowSums<float>* sums) {
   using Tile = FusedTile<W, kD>;
-  constexpr int kRows = 2 * Tile::kRowTiles;
+  constexpr int kRows = 2 * Tile::kRowTiles, kStep = Tile::kStep;
   const i64 row_blocks = ceil_div(p.batch, kOwnRows);
   const i64 first_row = blockIdx.x % row_blocks * kOwnRows;
   const int part = static_cast<int>(blockIdx.x / row_blocks);
@@ -146,7 +146,7 @@ template <class W, int kD, Loss kLoss>
 __global__ void __launch_bounds__(FusedTile<W, kD>::kThreads, FusedTile<W, kD>::kBlocksPerProcessor)
     grad_hidden_kernel(FusedProblem<W> p, const FusedRow* rows, int parts, FusedFilter filter, float* partial) {
   using Tile = FusedTile<W, kD>;
-  constexpr int kRows = 2 * Tile::kRowTiles;
+  constexpr int kRows = 2 * Tile::kRowTiles, kStep = Tile::kStep;
   const i64 row_blocks = ceil_div(p.batch, kOwnRows);
   const i64 first_row = blockIdx.x % row_blocks * kOwnRows;
   const int part = static_cast<int>(blockIdx.x / row_blocks);
@@ -257,7 +257,7 @@ template <class W, int kD, Loss kLoss>
 __global__ void __launch_bounds__(FusedTile<W, kD>::kThreads, FusedTile<W, kD>::kBlocksPerProcessor)
     grad_weight_kernel(FusedProblem<W> p, const FusedRow* rows, FusedFilter filter, WeightTask<W> task) {
   using Tile = FusedTile<W, kD>;
-  constexpr int kRows = 2 * Tile::kRowTiles;
+  constexpr int kRows = 2 * Tile::kRowTiles, kStep = Tile::kStep;
   __shared__ FusedRow examples[kStages][kStreamRows];
   const i64 first_class = task.to.first + static_cast<i64>(blockIdx.x) * kOwnRows;
   const float bound = filter.eps > 0 ? filter.eps * *filter.largest : 0.0f;

@@ -13,7 +13,6 @@
 namespace widehead::cuda {
 
 constexpr int kOwnRows = 128, kStreamRows = 64, kStages = 3;
-constexpr int kStep = 32;  // columns of S at a time: more would not leave enough registers
 
 // A matrix in memory: `rows` of d elements at a distance of `stride`.
 template <class T>
@@ -29,6 +28,7 @@ struct FusedTile {
   static constexpr int kRowTiles = kD == 64 ? 2 : 1;
   static constexpr int kThreads = kOwnRows / (16 * kRowTiles) * 32;
   static constexpr int kBlocksPerProcessor = 2;
+  static constexpr int kStep = kD == 64 ? 32 : 16;  // columns of S at a time, as the registers allow
   static constexpr int kChunks = kD / 8;
   static constexpr int kOwnElements = kOwnRows * kD, kStageElements = kStreamRows * kD;
   static constexpr int kBytes = (kOwnElements + kStages * kStageElements) * 2;
