@@ -1,7 +1,7 @@
 """tests/python/devices.py -- calls of the core on a GPU with NumPy arrays: on a real one, or on the host's emulation.
 
-The emulation (CMake option WIDEHEAD_CUDA_EMULATED) runs the CUDA kernels on host memory. DLPack capsules of host arrays are
-relabelled as CUDA memory, so the core takes its CUDA path.
+The emulation (CMake option WIDEHEAD_CUDA_EMULATED) runs the CUDA kernels on host memory. DLPack capsules of host arrays
+are relabelled as CUDA memory, so the core takes its CUDA path.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def no_cuda() -> str | None:
 
 
 def claim_cuda(capsule: Any) -> Any:
-    """The same capsule, its memory declared CUDA's: the first field of a DLTensor is the pointer, the second the device."""
+    """The same capsule, its memory declared CUDA's: a DLTensor begins with the pointer, then comes the device."""
     device = ctypes.c_int32.from_address(_get_pointer(capsule, b"dltensor") + 8)
     device.value = DLPACK_CUDA
     return capsule
@@ -91,8 +91,18 @@ class _Gpu:
             host.copy_(there)
 
 
-def call(function: Callable[..., Any], device: str, *, check: bool = True, **arguments: Any) -> Any:
-    """function(**arguments) on "cpu" or "cuda", arrays in and out; a fault found on the device is raised."""
+def call(
+    function: Callable[..., Any],
+    device: str,
+    *,
+    check: bool = True,
+    refused: np.ndarray | None = None,
+    **arguments: Any,
+) -> Any:
+    """function(**arguments) on "cpu" or "cuda", arrays in and out; a fault found on the device is raised.
+
+    refused: int32 [1], in the place of a flag of zero.
+    """
     if device == "cpu":
         return function(**arguments)
     place = _Host() if _core.cuda_emulated else _Gpu()
@@ -102,8 +112,14 @@ def call(function: Callable[..., Any], device: str, *, check: bool = True, **arg
             return place.give(value)
         return {name: give(v) for name, v in value.items()} if isinstance(value, dict) else value
 
-    faults, refused = np.zeros(FAULT_NUMBERS, np.int64), np.zeros(1, np.int32)
-    gpu = {"stream": place.stream, "scratch": place.scratch, "faults": place.give(faults), "refused": place.give(refused)}
+    faults = np.zeros(FAULT_NUMBERS, np.int64)
+    refused = np.zeros(1, np.int32) if refused is None else refused
+    gpu = {
+        "stream": place.stream,
+        "scratch": place.scratch,
+        "faults": place.give(faults),
+        "refused": place.give(refused),
+    }
     counted = np.zeros(1, np.int64)
     counts = "filter_eps" in arguments
     if counts:
