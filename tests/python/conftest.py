@@ -21,6 +21,20 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     _core.set_isa(before)
 
 
+@pytest.fixture(params=[*_core.supported_isas(), pytest.param("cuda", marks=pytest.mark.gpu)])
+def unit(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test once for each instruction set, and on a GPU; gives the device, "cpu" or "cuda"."""
+    if request.param == "cuda":
+        if reason := no_cuda():
+            pytest.skip(reason)
+        yield "cuda"
+        return
+    before = _core.current_isa()
+    _core.set_isa(request.param)
+    yield "cpu"
+    _core.set_isa(before)
+
+
 @pytest.fixture(params=THREADS)
 def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     """Runs the test once for each thread count."""

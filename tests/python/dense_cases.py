@@ -91,9 +91,8 @@ class Case:
             "grad_weight": np.full(self.weight.shape, 7, self.real),
             "grad_bias": None if self.bias is None else np.full(len(self.weight), 7, self.real),
         }
-        self.filtered = call(
-            _core.dense_backward, self.device, **self.arguments(), lse=lse, grad_losses=scale.astype(self.real), **out, **more
-        )
+        incoming = {"lse": lse, "grad_losses": scale.astype(self.real)}
+        self.filtered = call(_core.dense_backward, self.device, **self.arguments(), **incoming, **out, **more)
         return {name: array for name, array in out.items() if array is not None}
 
     def fused(self, scale: np.ndarray, update: dict[str, Any], **more: Any) -> dict[str, np.ndarray]:

@@ -42,11 +42,18 @@ def claim_cuda(capsule: Any) -> Any:
     return capsule
 
 
+_memory = np.empty(0, np.int64)
+
+
 def aligned(n: int, alignment: int = 256) -> np.ndarray:
-    """int64 [n], aligned as a GPU's allocations are, full of NaN's bits."""
-    memory = np.full(n + alignment // 8, -1, np.int64)
-    first = -memory.ctypes.data % alignment // 8
-    return memory[first : first + n]
+    """int64 [n], aligned as a GPU's allocations are, full of NaN's bits; the same memory at every call."""
+    global _memory
+    if len(_memory) < n + alignment // 8:
+        _memory = np.empty(n + alignment // 8, np.int64)
+    first = -_memory.ctypes.data % alignment // 8
+    memory = _memory[first : first + n]
+    memory.fill(-1)
+    return memory
 
 
 class _Host:
@@ -114,12 +121,8 @@ def call(
 
     faults = np.zeros(FAULT_NUMBERS, np.int64)
     refused = np.zeros(1, np.int32) if refused is None else refused
-    gpu = {
-        "stream": place.stream,
-        "scratch": place.scratch,
-        "faults": place.give(faults),
-        "refused": place.give(refused),
-    }
+    flags = {"faults": place.give(faults), "refused": place.give(refused)}
+    gpu = {"stream": place.stream, "scratch": place.scratch, **flags}
     counted = np.zeros(1, np.int64)
     counts = "filter_eps" in arguments
     if counts:

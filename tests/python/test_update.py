@@ -58,11 +58,11 @@ def expected(name: str, w: np.ndarray, g: np.ndarray, before: dict[str, np.ndarr
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_fused_steps(isa: str, name: str, dtype: str) -> None:
+def test_fused_steps(unit: str, name: str, dtype: str) -> None:
     """Each step from where the one before has left weights and state, with the core's own plain gradient."""
     u = reference.UNIT[dtype]
     for i, shape in enumerate(some_shapes(6, seed=21)):
-        case = make(shape, seed=i, dtype=dtype, bias=i % 3 > 0, pad=i % 2)
+        case = make(shape, seed=i, dtype=dtype, bias=i % 3 > 0, pad=i % 2, device=unit)
         scale, state = weights_of_examples(case), zero_state(name, case.weight, case.bias, dtype)
         for step in (1, 2, 3):
             grads, before = case.backward(scale), {key: value.copy() for key, value in state.items()}
@@ -91,9 +91,9 @@ def test_fused_steps(isa: str, name: str, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_bfloat16_rounding_to_nearest(isa: str, name: str) -> None:
+def test_bfloat16_rounding_to_nearest(unit: str, name: str) -> None:
     for i, shape in enumerate(some_shapes(6, seed=23)):
-        case = make(shape, seed=i, dtype="bfloat16")
+        case = make(shape, seed=i, dtype="bfloat16", device=unit)
         scale, state = weights_of_examples(case), zero_state(name, case.weight, case.bias, "float32")
         g = case.backward(scale)["grad_weight"].astype(float)
         after = case.fused(scale, step_arguments(name, state, 1))
@@ -104,11 +104,11 @@ def test_bfloat16_rounding_to_nearest(isa: str, name: str) -> None:
         assert ((low <= got) & (got <= high)).all()
 
 
-def test_stochastic_rounding_uses_the_bits_of_philox(isa: str) -> None:
+def test_stochastic_rounding_uses_the_bits_of_philox(unit: str) -> None:
     """Weight (r, c) is rounded by bits that depend on (seed, step, first_row + r, c) alone."""
     seed, step, first_row = (3 << 40) + 11, (1 << 33) + 5, (1 << 35) + 7
     for i, shape in enumerate(some_shapes(8, seed=25)):
-        case = make(shape, seed=i, dtype="bfloat16", pad=i % 3)
+        case = make(shape, seed=i, dtype="bfloat16", pad=i % 3, device=unit)
         scale = weights_of_examples(case)
         g = case.backward(scale)["grad_weight"].astype(float)
         update = {"optimizer": "sgd", "rounding": "stochastic", "lr": 0.01, "seed": seed, "step": step}

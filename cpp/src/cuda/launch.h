@@ -36,10 +36,10 @@ class DeviceGuard {
   bool changed_ = false;
 };
 
-constexpr i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
-constexpr i64 round_up(i64 a, i64 b) { return ceil_div(a, b) * b; }
-constexpr i64 at_most(i64 a, i64 b) { return a < b ? a : b; }
-constexpr i64 at_least(i64 a, i64 b) { return a > b ? a : b; }
+__host__ __device__ constexpr i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
+__host__ __device__ constexpr i64 round_up(i64 a, i64 b) { return ceil_div(a, b) * b; }
+__host__ __device__ constexpr i64 at_most(i64 a, i64 b) { return a < b ? a : b; }
+__host__ __device__ constexpr i64 at_least(i64 a, i64 b) { return a > b ? a : b; }
 
 // Enough blocks for n items at `each` a block. Kernels stride over the grid, so a cap only makes the threads work longer.
 inline unsigned blocks_for(i64 n, i64 each, i64 cap = 1 << 16) {
