@@ -42,6 +42,9 @@ void raise_fault(const FaultRecord& r) {
     case Fault::row_range:
       throw LabelError(name + "expected a class in [0, " + to_string(r.limit) + "), got " + to_string(r.value) + at);
     case Fault::row_repeated: throw LabelError(name + "expected distinct rows, got " + to_string(r.value) + " twice");
+    case Fault::row_order:
+      throw LabelError(name + "expected ascending rows, padding last, got " + to_string(r.value) + " after " +
+                       to_string(r.limit) + at);
     default:
       throw NonFiniteError(name + "expected finite numbers, got NaN or infinity in row " + to_string(r.position));
   }

@@ -83,4 +83,10 @@ void update_rows(const UpdateRows& args) {
   }
 }
 
+std::int64_t scratch_bytes(const UpdateRows& args) {
+  if (args.device.kind != Device::Kind::cuda) return 0;
+  if (!args.update) throw ShapeError("update: expected an optimiser step, got none");
+  return cuda::scratch_bytes(args);
+}
+
 }  // namespace widehead

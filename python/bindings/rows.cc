@@ -46,6 +46,7 @@ void update(nb::handle weight, nb::handle rows, nb::handle grad, nb::handle bias
   const Update step = parse_update(update, arrays);
   args.update = &step;
   args.device = arrays.device(gpu);
+  arrays.get_scratch(gpu, args.device, scratch_bytes(args));
   nb::gil_scoped_release no_gil;
   update_rows(args);
 }

@@ -3,9 +3,10 @@
 # Nothing is copied or converted: rows may be strided, the last axis is contiguous, all arrays lie on one device,
 # outputs are writable. NumPy has no bfloat16, so an array of uint16 is read as bfloat16 wherever bfloat16 is taken.
 #
-# On a GPU `gpu` is a dict: "stream", a cudaStream_t as an integer; "scratch", called with n, returns an int64 array [n] in
-# the device's memory to work in; "faults", int64 [5] or None, takes the first bad value (see raise_fault); "refused",
-# int32 [1] or None: not 0 beforehand, the call changes no weights; 1 afterwards, it met a bad value. Nothing waits.
+# On a GPU `gpu` is a dict: "stream", a cudaStream_t as an integer; "scratch", called with n, returns an int64 array [n]
+# in the device's memory to work in; "faults", int64 [5] or None, takes the first bad value (see raise_fault);
+# "refused", int32 [1] or None: not 0 beforehand, the call changes no weights; 1 afterwards, it met a bad value. Nothing
+# waits.
 from collections.abc import Callable
 from typing import Any, TypedDict
 
@@ -81,7 +82,8 @@ def dense_topk(
     scores: Array, classes: Array, lse: Array | None = None, gpu: Gpu | None = None,
 ) -> None: ...
 
-# Row updates of a weight matrix from row gradients: rows[i] of weight gets the step with grad[i]. Rows are distinct.
+# Row updates of a weight matrix from row gradients: rows[i] of weight gets the step with grad[i]. Rows are distinct; on
+# a GPU they ascend, and rows of -1, which come last, are passed over (gather_rows gives zeros for them).
 def update_rows(
     *, weight: Array, rows: Array, grad: Array, bias: Array | None = None, grad_bias: Array | None = None,
     update: dict[str, Any], gpu: Gpu | None = None,
@@ -99,7 +101,9 @@ def sample_classes(
 def alias_table(*, weight: Array, threshold: Array, alias: Array) -> None: ...
 # Fills `out` [rows, cols] with uniform numbers in [low, high) keyed by (seed, row): the initial weights, the same on
 # every shard.
-def init_uniform(*, out: Array, low: float, high: float, seed: int, first_row: int = 0, gpu: Gpu | None = None) -> None: ...
+def init_uniform(
+    *, out: Array, low: float, high: float, seed: int, first_row: int = 0, gpu: Gpu | None = None
+) -> None: ...
 
 # Test hooks for the generator: Philox4x32-10 of a counter and a key.
 def philox(*, counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[int, int, int, int]: ...

@@ -226,6 +226,38 @@ TEST(half_nearest_between_its_values) {
   }
 }
 
+TEST(half_stochastic_is_exact_in_expectation) {
+  // The mean over all 65536 values of the random bits: x itself, or below 2^-14 x cut to a multiple of 2^-40.
+  for (float x : {1.0f, 1.0001f, -3.14159f, 65503.9f, 0x1.0007p-14f, 0x1.fffffep-15f, 6.1e-5f, 1e-6f, -0x1p-25f,
+                  0x1p-40f, 0x1.8p-41f, 0.0f}) {
+    double sum = 0, low = kInfinity, high = -kInfinity;
+    for (std::uint32_t r = 0; r < 65536; ++r) {
+      const double got = half_value(widehead::f16_stochastic(x, r));
+      sum += got;
+      low = std::min(low, got);
+      high = std::max(high, got);
+    }
+    const double kept = std::fabs(x) < 0x1p-14 ? std::trunc(double(x) * 0x1p40) * 0x1p-40 : double(x);
+    CHECK_EQ(sum / 65536, kept);
+    const double unit = std::ldexp(1.0, std::max(std::ilogb(std::max(std::fabs(x), 0x1p-14f)) - 10, -24));
+    CHECK(low <= kept && kept <= high && high - low <= unit);
+  }
+  // Values of its own stay, as do the ends.
+  for (std::uint32_t b = 0; b < 65536; ++b) {
+    const auto h = static_cast<std::uint16_t>(b);
+    const float x = widehead::f16_float(h);
+    for (std::uint32_t r : {0x0u, 0x7FFFu, 0xFFFFu}) {
+      if (std::isnan(x)) {
+        CHECK(std::isnan(half_value(widehead::f16_stochastic(x, r))));
+      } else {
+        CHECK_EQ(widehead::f16_stochastic(x, r), h);
+      }
+    }
+  }
+  for (float x : {std::nextafter(65520.0f, 0.0f), 65520.0f, -1e30f})
+    for (std::uint32_t r : {0x0u, 0xFFFFu}) CHECK_EQ(widehead::f16_stochastic(x, r), widehead::f16_nearest(x));
+}
+
 TEST(half_at_the_ends) {
   CHECK_EQ(widehead::f16_nearest(65504.0f), 0x7BFF);
   CHECK_EQ(widehead::f16_nearest(std::nextafter(65520.0f, 0.0f)), 0x7BFF);

@@ -123,6 +123,8 @@ inline unsigned __float_as_uint(float x) {
   std::memcpy(&u, &x, 4);
   return u;
 }
+inline double __dadd_rn(double x, double y) { return x + y; }
+inline double __dmul_rn(double x, double y) { return x * y; }
 inline float __uint_as_float(unsigned u) {
   float x;
   std::memcpy(&x, &u, 4);

@@ -98,8 +98,18 @@ class _Gpu:
             host.copy_(there)
 
 
-def call(function: Callable[..., Any], device: str, *, check: bool = True, **arguments: Any) -> Any:
-    """function(**arguments) on "cpu" or "cuda", arrays in and out; a fault found on the device is raised."""
+def call(
+    function: Callable[..., Any],
+    device: str,
+    *,
+    check: bool = True,
+    refused: np.ndarray | None = None,
+    **arguments: Any,
+) -> Any:
+    """function(**arguments) on "cpu" or "cuda", arrays in and out; a fault found on the device is raised.
+
+    refused: int32 [1], in the place of a flag of zero.
+    """
     if device == "cpu":
         return function(**arguments)
     place = _Host() if _core.cuda_emulated else _Gpu()
@@ -109,7 +119,8 @@ def call(function: Callable[..., Any], device: str, *, check: bool = True, **arg
             return place.give(value)
         return {name: give(v) for name, v in value.items()} if isinstance(value, dict) else value
 
-    faults, refused = np.zeros(FAULT_NUMBERS, np.int64), np.zeros(1, np.int32)
+    faults = np.zeros(FAULT_NUMBERS, np.int64)
+    refused = np.zeros(1, np.int32) if refused is None else refused
     flags = {"faults": place.give(faults), "refused": place.give(refused)}
     gpu = {"stream": place.stream, "scratch": place.scratch, **flags}
     counted = np.zeros(1, np.int64)

@@ -275,6 +275,16 @@ def bf16_stochastic(x: np.ndarray, bits: np.ndarray) -> np.ndarray:
     return ((x.astype(np.float32).view(np.uint32) + bits) >> np.uint32(16)).astype(np.uint16)
 
 
+def f16_stochastic(x: np.ndarray, bits: np.ndarray) -> np.ndarray:
+    """Halves of float32 numbers below the largest, up with the probability of what is cut off, by the upper 13 bits."""
+    x = x.astype(np.float32)
+    size = np.abs(x).astype(float)
+    unit = 2.0 ** np.maximum(np.floor(np.log2(np.maximum(size, 2.0**-14))) - 10, -24)
+    odds = np.where(size < 2.0**-14, 65536, 8192)
+    up = np.floor(size / unit % 1 * odds) + np.where(odds == 8192, bits >> 3, bits) >= odds
+    return (np.copysign((np.floor(size / unit) + up) * unit, x)).astype(np.float16)
+
+
 def within(got: np.ndarray, want: np.ndarray, bound: np.ndarray, what: str) -> None:
     """Fails unless |got - want| <= bound everywhere, naming the worst entry."""
     got = np.asarray(got, np.float64)

@@ -9,7 +9,7 @@ import pytest
 
 import reference
 from dense_cases import exact, make, some_shapes, weights_of_examples
-from reference import bf16_stochastic, random_blocks, rounding_bits, within
+from reference import bf16_stochastic, rounding_bits, within
 from widehead import _core
 from widehead.numpy import from_bfloat16, to_bfloat16
 
@@ -201,28 +201,3 @@ def test_filtered_tiles_stay_under_plain_sgd() -> None:
     after = case.fused(scale, update, filter_eps=1e-5)
     assert np.array_equal(after["weight"][-100:], case.weight[-100:])
     assert not np.array_equal(after["weight"][:100], case.weight[:100])
-
-
-@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
-def test_first_weights(dtype: str, threads: int) -> None:
-    """init_uniform against the NumPy Philox; a slice drawn alone equals the slice of the whole."""
-    seed, low, high = (7 << 33) + 1, -0.25, 0.5
-    make_out = (lambda *s: np.full(s, 7, np.uint16)) if dtype == "bfloat16" else (lambda *s: np.full(s, 7, dtype))
-    whole = make_out(37, 13)
-    _core.init_uniform(out=whole, low=low, high=high, seed=seed)
-    words = random_blocks(seed, "init_weight", 0, np.arange(37), np.arange(4)).reshape(37, 16)[:, :13]
-    want = low + (high - low) * (words >> np.uint64(8)).astype(float) * 2.0**-24
-    expect = to_bfloat16(want.astype(np.float32)) if dtype == "bfloat16" else want.astype(dtype)
-    assert np.array_equal(whole, expect)
-    part = make_out(5, 13)
-    _core.init_uniform(out=part, low=low, high=high, seed=seed, first_row=30)
-    assert np.array_equal(part, whole[30:35])
-
-
-def test_gather_rows() -> None:
-    rng = np.random.default_rng(0)
-    for dtype in (np.float32, np.float64, np.uint16):
-        weight = rng.integers(0, 1000, (50, 9)).astype(dtype)[:, :7]
-        rows, out = rng.integers(0, 50, 80), np.zeros((80, 7), dtype)
-        _core.gather_rows(weight=weight, rows=rows, out=out)
-        assert np.array_equal(out, weight[rows])

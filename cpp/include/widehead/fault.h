@@ -17,6 +17,7 @@ enum class Fault : std::int64_t {
   row_range,       // a row or class outside [0, limit)
   row_repeated,    // a row twice
   non_finite,
+  row_order,  // a row below the one before it, `limit`, or after padding
 };
 
 enum class Argument : std::int64_t {

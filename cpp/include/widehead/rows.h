@@ -23,18 +23,20 @@ void gather_rows(const GatherRows& args);
 // fused dense_backward: row rows[i] of weight (and of the state, and of bias) moves by grad[i]. All other rows stay as
 // they are. Throws before any change: ShapeError, DtypeError; LabelError when rows are out of range or repeat;
 // NonFiniteError when a gradient is NaN or infinite. Same bits for any number of threads.
-// On a GPU rows of -1 (padding) are passed over, and rows must ascend so that repeats are seen.
+// On a GPU rows must ascend so that repeats are seen; rows of -1 (padding) come last and are passed over.
 struct UpdateRows {
-  AnyMatrix weight;                    // [D, d] float32 | bfloat16 | float64
+  AnyMatrix weight;                    // [D, d] float32 | bfloat16 | float64, on a GPU also float16
   AnyVector bias;                      // [D] or empty
   const std::int64_t* rows = nullptr;  // [n] distinct, in [0, D), in any order
   std::int64_t n = 0;
-  ConstAnyMatrix grad;       // [n, d] float32 | bfloat16 | float64
+  ConstAnyMatrix grad;       // [n, d] float32 | bfloat16 | float64, on a GPU also float16
   ConstAnyVector grad_bias;  // [n], given exactly when bias is
   const Update* update = nullptr;
   Device device = {};
 };
 void update_rows(const UpdateRows& args);
+// Bytes of device.scratch that the call wants; 0 on the CPU.
+std::int64_t scratch_bytes(const UpdateRows& args);
 
 // Fills `out` with uniform numbers: out(r, c) = low + (high - low) u, with u in [0, 1) the 24-bit draw (row first_row +
 // r, index c) of the stream (seed, Purpose::init_weight, step 0), computed in float64 and rounded to nearest. So a

@@ -22,6 +22,7 @@ std::int64_t scratch_bytes(const DenseTopK& args);
 
 void gather_rows(const GatherRows& args);
 void update_rows(const UpdateRows& args);
+std::int64_t scratch_bytes(const UpdateRows& args);
 void sample_classes(const SampleClasses& args);
 void init_uniform(const AnyMatrix& out, double low, double high, std::uint64_t seed, std::int64_t first_row,
                   const Device& device);
