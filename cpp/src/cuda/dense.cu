@@ -164,7 +164,7 @@ class Backward {
     if (sums_)
       finish_losses(args_.device, args_.loss, batch, args_.layer.weight.rows, tiles_.batch.targets,
                     tiles_.batch.weight_sum, sums_, tiles_.cuts.pieces.slots, args_.losses, args_.output, AnyVector{});
-    if (grad_hidden_.data != args_.grad_hidden.data) convert_rows(args_.device, grad_hidden_, args_.grad_hidden);
+    if (grad_hidden_.data != args_.grad_hidden.data) convert_matrix(args_.device, grad_hidden_, args_.grad_hidden);
   }
 
  private:
@@ -225,8 +225,8 @@ class Backward {
       launch_update(args_.device, *args_.update, writable(args_.layer.weight),
                     {grad_weight_, tiles_.real_dtype(), place.count, d, place.first}, step_, refused);
     if (grad_weight_ && args_.grad_weight)
-      convert_rows(args_.device, {grad_weight_, tiles_.real_dtype(), place.count, d, d},
-                   rows_of(args_.grad_weight, place.first, place.count));
+      convert_matrix(args_.device, {grad_weight_, tiles_.real_dtype(), place.count, d, d},
+                     rows_of(args_.grad_weight, place.first, place.count));
     if (!want_bias_) return;
     sum_columns(args_.device, column_sums_, row_blocks(), tiles_.cuts.stride, place.count, grad_bias_);
     if (args_.update && args_.layer.bias)
@@ -234,7 +234,7 @@ class Backward {
                          {grad_bias_, tiles_.real_dtype(), place.count, 1, place.first}, step_, refused);
     if (args_.grad_bias) {
       const AnyVector& out = args_.grad_bias;
-      convert_rows(
+      convert_matrix(
           args_.device, {grad_bias_, tiles_.real_dtype(), 1, place.count, place.count},
           {static_cast<char*>(out.data) + place.first * size_of(out.dtype), out.dtype, 1, place.count, place.count});
     }

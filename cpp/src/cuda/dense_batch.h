@@ -13,9 +13,9 @@ class Batch {
     refused_ = scratch.take<std::int32_t>(1);
     hidden_ = layer.hidden;
     if (layer.hidden.dtype != layer.weight.dtype) {
-      auto* x = scratch.take<W>(layer.hidden.rows * layer.hidden.cols);
-      converted_ = {x, layer.weight.dtype, layer.hidden.rows, layer.hidden.cols, layer.hidden.cols};
-      hidden_ = converted_;
+      converted_ = take_converted(scratch, layer.hidden, layer.hidden.rows, layer.weight.dtype);
+      hidden_ = {converted_, layer.weight.dtype, layer.hidden.rows, layer.hidden.cols,
+                 converted_stride(layer.hidden.cols, layer.weight.dtype)};
     }
     if (loss.label_smoothing > 0) {
       weight_sum = scratch.take<double>(1);
@@ -28,7 +28,7 @@ class Batch {
       WIDEHEAD_CUDA_CHECK(cudaMemsetAsync(refused_, 0, sizeof *refused_, static_cast<cudaStream_t>(device_.stream)));
     prepare_targets(device_, target, loss_, report(), targets);
     if (weight_sum) sum_class_weights(device_, loss_.class_weight, layer_.weight.rows, parts_, weight_sum);
-    if (converted_) convert_rows(device_, layer_.hidden, converted_);
+    if (converted_) as_factor(device_, layer_.hidden, 0, layer_.hidden.rows, layer_.weight.dtype, converted_);
   }
 
   Report report() const { return {device_.faults, device_.refused ? device_.refused : refused_}; }
@@ -46,7 +46,7 @@ class Batch {
   std::int32_t* refused_ = nullptr;
   double* parts_ = nullptr;
   ConstAnyMatrix hidden_;
-  AnyMatrix converted_;  // where hidden's type is not the weights'
+  void* converted_ = nullptr;  // where hidden's type is not the weights'
 };
 
 inline AnyMatrix writable(const ConstAnyMatrix& m) {

@@ -166,7 +166,7 @@ void backward(const DenseBackward& args, Scratch& scratch) {
       launch_update_bias(device, *args.update, writable(args.layer.bias), {grad_bias, Dtype::f32, count, 1, first},
                          step, report.refused);
     if (args.grad_bias)
-      convert_rows(device, {grad_bias, Dtype::f32, 1, count, count}, slice_of(args.grad_bias, first, count));
+      convert_matrix(device, {grad_bias, Dtype::f32, 1, count, count}, slice_of(args.grad_bias, first, count));
   }
 }
 

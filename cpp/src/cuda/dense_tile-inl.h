@@ -55,7 +55,7 @@ __device__ inline Real weight_of(const Problem<Real>& p, i64 c) {
 // The logit from the product, without the offset.
 template <class Real>
 __device__ inline Real own_logit(const Problem<Real>& p, Real product, i64 c) {
-  return capped(p.bias ? product + bias_at<Real>(p.bias, p.bias_dtype, c) : product, p.softcap);
+  return capped(product + bias_at<Real>(p.bias, c), p.softcap);
 }
 
 template <class Real>
