@@ -384,10 +384,11 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, default=Machine.place, help="for everything that is built")
     parser.add_argument("--seconds", type=float, default=float(os.environ.get("GPU_SECONDS") or SECONDS))
     args = parser.parse_args()
-    os.chdir(ROOT)
     # Before the look around, whose time counts too.
-    runner = Runner(args.folder / "log", args.seconds, Path(o) if (o := os.environ.get("OUT")) else None)
-    machine = replace(look(args.python), place=args.folder)
+    folder = args.folder.resolve()
+    runner = Runner(folder / "log", args.seconds, Path(o) if (o := os.environ.get("OUT")) else None)
+    os.chdir(ROOT)
+    machine = replace(look(args.python), place=folder)
     steps = chosen(plan(machine), args.steps, machine.site.exists(), args.seconds)
     # An outer limit that ends this script should still leave the table.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
