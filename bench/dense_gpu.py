@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import os
 import subprocess
 import sys
@@ -109,7 +110,7 @@ def interleave(
             record["running"] = name
             save()
             try:
-                device.release()
+                device.trim()
                 run(gpu_device.ignore)
                 for _ in range(count):
                     device.settle()
@@ -144,6 +145,7 @@ def work(args: argparse.Namespace, budget: Budget) -> None:
         result["check"] = check(device)
         result["ceilings"] = device.ceilings()
         save()
+    gc.freeze()  # a collection walks through all of PyTorch otherwise, a dozen times a cell
     order = cells.rehearsal() if args.rehearse else cells.grid()
     for cell in cells.remaining(order, result):
         names = args.methods if args.rehearse else cells.methods_of(cell, args.methods, args.every_method)
@@ -189,7 +191,8 @@ def run_grid(args: argparse.Namespace, words: list[str]) -> int:
         code = attend([*command, "--budget", f"{left:.1f}"], args.name, left + GRACE)
         result = common.read(args.name) or {}
         if code not in (0, LOST):
-            cells.blame(result, "did not come back" if code is None else f"the process ended with {code}")
+            hung = "did not come back" if budget.left() > 0 else "no time left"
+            cells.blame(result, hung if code is None else f"the process ended with {code}")
         common.write(args.name, result)
         if code == 0 or "check" not in result or not budget.allows(10.0):
             break

@@ -44,8 +44,11 @@ class Device(Protocol):
     def settle(self) -> None:
         """Before a timed run: nothing of the last one is in the cache."""
 
-    def release(self) -> None:
+    def trim(self) -> None:
         """Give unused memory back, so that one method's buffers do not stand in another's way."""
+
+    def release(self) -> None:
+        """The same after collecting garbage."""
 
     def free_bytes(self) -> int: ...
 
@@ -85,6 +88,9 @@ class HostDevice:
         return 0
 
     def settle(self) -> None:
+        pass
+
+    def trim(self) -> None:
         pass
 
     def release(self) -> None:
@@ -167,9 +173,12 @@ class CudaDevice:
     def settle(self) -> None:
         self._flush.zero_()
 
+    def trim(self) -> None:
+        torch.cuda.empty_cache()
+
     def release(self) -> None:
         gc.collect()
-        torch.cuda.empty_cache()
+        self.trim()
 
     def free_bytes(self) -> int:
         return torch.cuda.mem_get_info()[0]

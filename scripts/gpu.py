@@ -37,7 +37,8 @@ WANTED = (
     "cut_cross_entropy", "liger_kernel",
 )  # fmt: skip
 HEADLINE_BYTES = 120e9
-SANITIZE = "cuda and (test_equals_cross_entropy or test_bce_equals_torch or test_bfloat16_rounding)"
+SANITIZE = "cuda and (test_each_output or test_equals_cross_entropy or test_bce_equals_torch or test_bfloat16_rounding)"
+SANITIZED = ("dense", "update", "torch_dense", "torch_optim")  # the files that it is looked for in
 
 TOTALS = re.compile(r"^=+ (.*\d+ \w+.*) in [\d.]+s.*=+$", re.M)  # pytest's last line
 UNSUPPORTED = r".*(?:Device not supported|is not supported|[Ii]nsufficient permission).*"  # of compute-sanitizer
@@ -257,19 +258,17 @@ def ctest_total(text: str) -> str:
 
 
 def sanitizer(machine: Machine, runner: Runner, limit: float) -> Outcome:
-    """memcheck, then racecheck, over the C++ tests of the CUDA code, then memcheck over a few Python tests."""
+    """memcheck, then racecheck, of the C++ tests of the CUDA code and of a few Python tests."""
     program = tool("compute-sanitizer")
     if not program:
         return Outcome(SKIPPED, "no compute-sanitizer")
     end = runner.clock() + limit
     programs = [p for p in sorted(machine.tree.glob("tests/cpp/*cuda*_test")) if os.access(p, os.X_OK) and p.is_file()]
     expression = os.environ.get("SANITIZE") or SANITIZE
-    python = [machine.python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/python", "-k", expression]
-    jobs: list[tuple[str, str, list[Any]]] = [
-        *(("memcheck", p.name, [p]) for p in programs),
-        ("memcheck", "Python", python),
-        *(("racecheck", p.name, [p]) for p in programs),
-    ]
+    files = [f"tests/python/test_{name}.py" for name in SANITIZED]
+    python = [machine.python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files, "-k", expression]
+    checked: list[tuple[str, list[Any]]] = [*((p.name, [p]) for p in programs), ("Python", python)]
+    jobs = [(kind, name, words) for kind in ("memcheck", "racecheck") for name, words in checked]
     parts: list[str] = []
     for kind, name, words in jobs:
         left = end - runner.clock()
@@ -384,10 +383,11 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, default=Machine.place, help="for everything that is built")
     parser.add_argument("--seconds", type=float, default=float(os.environ.get("GPU_SECONDS") or SECONDS))
     args = parser.parse_args()
-    os.chdir(ROOT)
     # Before the look around, whose time counts too.
-    runner = Runner(args.folder / "log", args.seconds, Path(o) if (o := os.environ.get("OUT")) else None)
-    machine = replace(look(args.python), place=args.folder)
+    folder = args.folder.resolve()
+    runner = Runner(folder / "log", args.seconds, Path(o) if (o := os.environ.get("OUT")) else None)
+    os.chdir(ROOT)
+    machine = replace(look(args.python), place=folder)
     steps = chosen(plan(machine), args.steps, machine.site.exists(), args.seconds)
     # An outer limit that ends this script should still leave the table.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
