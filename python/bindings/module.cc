@@ -59,6 +59,8 @@ NB_MODULE(_core, m) {
   m.attr("__version__") = WIDEHEAD_VERSION;
   m.attr("cuda_built") = WIDEHEAD_CUDA_BUILT != 0;
   m.attr("cuda_emulated") = WIDEHEAD_CUDA_EMULATED != 0;  // kernels run on the host, on host memory: tests only
+  m.attr("NON_FINITE") = static_cast<std::int64_t>(widehead::Fault::non_finite);
+  m.attr("LABEL_RANGE") = static_cast<std::int64_t>(widehead::Fault::label_range);
   bind_errors(m);
   m.def("set_num_threads", &widehead::set_num_threads, "n"_a);
   m.def("get_num_threads", &widehead::get_num_threads);

@@ -44,7 +44,7 @@ class Proposal:
     def __init__(self, proposal: str | ArrayLike, n_classes: int) -> None:
         self.n_classes = n_classes
         self.weight: NDArray[np.float64] | None = None
-        self._table: dict[str, NDArray] = {}
+        self.table: dict[str, NDArray] = {}  # Walker's, as the core takes it
         if isinstance(proposal, str):
             if proposal not in NAMES[:2]:
                 raise ShapeError(
@@ -58,13 +58,13 @@ class Proposal:
             raise ShapeError(f"proposal: expected shape [n_classes] = [{n_classes}], got {list(self.weight.shape)}")
         threshold, alias = np.empty(n_classes, np.float32), np.empty(n_classes, np.int64)
         _core.alias_table(weight=self.weight, threshold=threshold, alias=alias)
-        self._table = {"threshold": threshold, "alias": alias}
-        self._log_total = float(np.log(self.weight.sum()))
+        self.table = {"threshold": threshold, "alias": alias}
+        self.log_total = float(np.log(self.weight.sum()))
 
     def log_probability(self, classes: NDArray[np.int64]) -> NDArray[np.float64]:
         """log q_c of the given classes, float64."""
         if self.weight is not None:
-            return np.log(self.weight[classes]) - self._log_total
+            return np.log(self.weight[classes]) - self.log_total
         if self.name == "uniform":
             return np.full(classes.shape, -np.log(self.n_classes))
         # log((c + 2) / (c + 1)) without the cancellation that large c would bring.
@@ -73,9 +73,11 @@ class Proposal:
     def draw(self, n: int, *, seed: int, step: int) -> NDArray[np.int64]:
         """`[n]` classes with replacement, a function of (seed, step) alone."""
         draws = np.empty(n, np.int64)
+        threshold, alias = self.table.get("threshold"), self.table.get("alias")
         _core.sample_classes(
-            draws=draws, n_classes=self.n_classes, proposal=self.name, seed=seed, step=step, **self._table
-        )
+            draws=draws, n_classes=self.n_classes, proposal=self.name, threshold=threshold, alias=alias, seed=seed,
+            step=step,
+        )  # fmt: skip
         return draws
 
 

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint  # noqa: E402
 
 from test_torch_dense import B, D, assert_near, d, make_batch, make_head, make_labels  # noqa: E402
 from test_torch_optim import Net, snapshot, unchanged  # noqa: E402
+from torch_devices import device  # noqa: E402, F401
 from widehead import BackendError, DtypeError, FileError, ShapeError, _core  # noqa: E402
 from widehead import numpy as whnp  # noqa: E402
 from widehead.torch import DenseHead, FusedAdam, FusedSGD  # noqa: E402

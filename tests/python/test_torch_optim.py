@@ -13,6 +13,7 @@ torch = pytest.importorskip("torch")
 from torch import Tensor, nn  # noqa: E402
 
 from test_torch_dense import D, assert_near, d, make_batch, make_head, make_labels  # noqa: E402
+from torch_devices import device  # noqa: E402, F401
 from widehead import Error, NonFiniteError, ShapeError  # noqa: E402
 from widehead.torch import DenseHead, FusedAdam, FusedOptimizer, FusedSGD  # noqa: E402
 

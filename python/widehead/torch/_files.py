@@ -11,7 +11,7 @@ from torch import Tensor
 
 from widehead._core import DtypeError, ShapeError
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -38,7 +38,8 @@ def take_parameters(tensors: dict[str, NDArray[Any]], like: dict[str, Tensor], d
     taken = {name: to_tensor(array, device) for name, array in found.items()}
     for name, tensor in taken.items():
         # A bias may be in any type that the core takes.
-        right = tensor.dtype in NAMES if name == "bias" else tensor.dtype == like[name].dtype
+        kinds = [torch.float32, torch.bfloat16, torch.float64] if name == "bias" else [like[name].dtype]
+        right = tensor.dtype in kinds
         if tensor.shape != like[name].shape or not right:
             raise DtypeError(
                 f"{name}: expected {list(like[name].shape)} {like[name].dtype}, got {list(tensor.shape)} {tensor.dtype}"

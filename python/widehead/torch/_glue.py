@@ -1,17 +1,20 @@
-"""_glue.py -- what the operators of every head share: capsules, threads, streams, and the rules of a fused backward."""
+"""_glue.py -- what the operators of every head share: threads, layouts, and the rules of a fused backward."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils.dlpack import to_dlpack
 
 from widehead import _core
 from widehead._core import NonFiniteError
 
+from ._device import NUMBERS, capsule, faults_of, gpu_of
 from ._owner import Owner
+
+if TYPE_CHECKING:
+    from widehead._core import Gpu
 
 _threads_seen = 0
 
@@ -23,14 +26,6 @@ def follow_threads() -> None:
     if n != _threads_seen:
         _core.set_num_threads(n)
         _threads_seen = n
-
-
-def capsule(tensor: Tensor | None) -> Any:
-    return None if tensor is None else to_dlpack(tensor.detach())
-
-
-def stream_of(tensor: Tensor) -> int:
-    return torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else 0
 
 
 def rows(tensor: Tensor) -> Tensor:
@@ -59,13 +54,13 @@ def fused_backward(owner: Owner, backward: Any, grad_hidden: Tensor | None) -> b
     update = update_capsules(owner)
     scaler = owner.scaler()
     if scaler is None:
-        backward(1.0, grad_hidden=capsule(grad_hidden), update=update)
+        backward(None, grad_hidden=capsule(grad_hidden), update=update)
         return True
     scale = float(scaler.get_scale())
     try:
         if grad_hidden is not None and grad_hidden.dtype == torch.float16:
             # The scaled gradient can overflow in float16 though all that came in was finite: it is known first.
-            backward(1.0, grad_hidden=capsule(grad_hidden))
+            backward(None, grad_hidden=capsule(grad_hidden))
             if not torch.isfinite(grad_hidden).all():
                 return False
             backward(1.0 / scale, update=update)
@@ -78,3 +73,61 @@ def fused_backward(owner: Owner, backward: Any, grad_hidden: Tensor | None) -> b
             grad_hidden.fill_(torch.nan)
         return False
     return True
+
+
+class DeviceStep:
+    """A fused step on a GPU, where nothing is waited for: whether it is refused is known to the device alone.
+
+    Attributes:
+        refused: int32 `[1]`; the core changes nothing where it is not 0, and sets it when it meets a bad value.
+        scale: 0-d, of the owner's GradScaler; None without one. inverse: 1 / scale.
+    """
+
+    def __init__(self, owner: Owner, weight: Tensor) -> None:
+        self.owner, self.device = owner, weight.device
+        self.refused = torch.zeros(1, dtype=torch.int32, device=self.device)
+        self.scale = self.inverse = self._record = None
+        if (scaler := owner.scaler()) is None:
+            return
+        scale = scaler._get_scale_async()  # None until its first use
+        if scale is None:
+            scale = torch.full((), scaler.get_scale(), dtype=torch.float32, device=self.device)
+        self.scale = scale.to(self.device, non_blocking=True)
+        self.inverse = self.scale.double().reciprocal().float()
+        # An overflow is nothing to complain of under a scaler.
+        self._record = torch.zeros(NUMBERS, dtype=torch.int64, device=self.device)
+
+    def gpu(self, tensor: Tensor) -> Gpu | None:
+        """The core's `gpu` of a call of this step."""
+        return gpu_of(tensor, self.refused, self._record)
+
+    def refuse_unless(self, good: Tensor) -> None:
+        """good: 0-d bool."""
+        self.refused.bitwise_or_((~good).to(torch.int32))
+
+    def close(self, grad_hidden: Tensor | None = None) -> Tensor:
+        """Leaves with the owner whether the step counts, and gives the anchor's gradient, its report to the scaler."""
+        self.owner.applied = (1 - self.refused[0]).to(torch.int64)
+        if self.scale is None:
+            return torch.zeros((), dtype=torch.float32, device=self.device)
+        assert self._record is not None
+        faults_of(self.device).add(self._record, unless=_core.NON_FINITE)
+        bad = self.refused[0] != 0
+        if grad_hidden is not None:
+            grad_hidden.masked_fill_(bad, torch.nan)
+        return torch.where(bad, torch.inf, 0.0).to(torch.float32)
+
+
+def fused_backward_on_gpu(owner: Owner, backward: Any, weight: Tensor, grad_hidden: Tensor | None) -> Tensor:
+    """`fused_backward` on a GPU, `backward` with `gpu=`; returns the anchor's gradient."""
+    step = DeviceStep(owner, weight)
+    update = update_capsules(owner)
+    if step.scale is not None and grad_hidden is not None and grad_hidden.dtype == torch.float16:
+        backward(None, grad_hidden=capsule(grad_hidden), gpu=step.gpu(weight))
+        step.refuse_unless(torch.isfinite(grad_hidden).all())
+        backward(step.inverse, update=update, gpu=step.gpu(weight))
+    else:
+        backward(step.inverse, grad_hidden=capsule(grad_hidden), update=update, gpu=step.gpu(weight))
+        if step.scale is not None and grad_hidden is not None:
+            grad_hidden.mul_(step.scale)
+    return step.close(grad_hidden)

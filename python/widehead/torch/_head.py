@@ -15,12 +15,13 @@ from widehead._core import BackendError, DtypeError, Error, NonFiniteError, Shap
 from widehead.files import FileError, HeadFile, load_head, save_head
 from widehead.options import REDUCTIONS, choose
 
+from . import _device
 from ._files import DTYPES, NAMES, take_parameters, to_array
 from ._owner import Owner
 from ._target import Target, parse_exclude, parse_target
 
 HIDDEN_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class HeadOutput(NamedTuple):
@@ -102,7 +103,9 @@ class Head(nn.Module):
 
         Raises:
             ShapeError, DtypeError, BackendError: hidden or target does not fit the head.
-            LabelError: a class is outside 0 .. n_classes - 1 (the message has its value and position).
+            LabelError: a class is outside 0 .. n_classes - 1 (the message has its value and position). On a GPU, where
+                nothing waits for the labels to be looked at, such an example's loss is NaN, the batch moves no weights,
+                and the error comes from `check` or from a fused optimiser's step() soon after.
         """
         rows, batch = self._rows(hidden)
         labels = parse_target(target, batch, self.n_classes, hidden.device)
@@ -175,12 +178,20 @@ class Head(nn.Module):
         rows, batch = self._rows(hidden)
         return self._lse_rows(rows).reshape(batch)
 
+    def check(self) -> None:
+        """On a GPU: wait for the work so far, and raise what none of it could: the LabelError or NonFiniteError of the
+        first bad value that a head on this device has met since the last such error. `save` and `grow` do so too, and
+        the fused optimisers' step() raises what has arrived without waiting. On the CPU errors come at once.
+        """
+        _device.check(self.weight)
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the head to a safetensors file, which appears under its name only when it is complete.
 
         `load` reads it, and so does the class of the same name in `widehead.numpy`. An optimiser's state is not in it:
         `torch.save(optimizer.state_dict(), ...)` keeps that.
         """
+        self.check()
         tensors = {name: to_array(tensor) for name, tensor in {**self._named(), **self._option_tensors()}.items()}
         config = {
             "in_features": self.in_features,
@@ -269,6 +280,8 @@ class Head(nn.Module):
             )
         if hidden.device != self.weight.device:
             raise BackendError(f"hidden: expected it on {self.weight.device} like weight, got it on {hidden.device}")
+        if self.weight.dtype == torch.float16 and not _device.on_gpu(self.weight):
+            raise DtypeError("weight: float16 is for a GPU; move the head there, or use bfloat16 or float32")
         return hidden.reshape(-1, self.in_features), hidden.shape[:-1]
 
     def _reduce(self, losses: Tensor, target: Target, sample_weight: Tensor | None, batch: torch.Size) -> Tensor:
@@ -290,7 +303,8 @@ class Head(nn.Module):
             valid = target.indices != self.ignore_index
             weights = valid if weights is None else weights * valid
             if self.class_weight is not None and "softmax" in self.loss:
-                picked = self.class_weight[torch.where(valid, target.indices, 0)]
+                # A class out of range has been reported; here it must not index.
+                picked = self.class_weight[torch.where(valid, target.indices, 0).clamp(0, self.n_classes - 1)]
                 weights = weights * picked.to(losses.dtype)
         if weights is None:
             return losses.sum() / max(batch.numel(), 1)
@@ -309,6 +323,8 @@ class Head(nn.Module):
         return torch.device("cpu") if self.class_weight is None else self.class_weight.device
 
     def _move_options(self, device: torch.device) -> None:
+        """Called whenever the head has come to a device."""
+        _device.prepare(self.weight)
         if self.class_weight is not None:
             self.class_weight = self.class_weight.to(device)
 
@@ -382,8 +398,11 @@ def checked_seed(seed: int | None) -> int:
     return int(seed)
 
 
-def checked_weight_dtype(dtype: torch.dtype | None) -> torch.dtype:
+def checked_weight_dtype(dtype: torch.dtype | None, where: Tensor) -> torch.dtype:
+    """The type of weights on the device of `where`."""
     dtype = torch.get_default_dtype() if dtype is None else dtype
     if dtype not in WEIGHT_DTYPES:
-        raise DtypeError(f"dtype: expected float32, bfloat16 or float64 weights, got {dtype}")
+        raise DtypeError(f"dtype: expected float32, bfloat16, float16 or float64 weights, got {dtype}")
+    if dtype == torch.float16 and not where.is_meta and not _device.on_gpu(where):
+        raise DtypeError("dtype: float16 weights are for a GPU; on the CPU use bfloat16 or float32")
     return dtype

@@ -30,7 +30,7 @@ class Owner:
 
     `anchor` is a 0-d leaf that requires grad: it makes backward reach the head when neither the weights nor the hidden
     states do. Its gradient is the head's report: 0 after an update, infinity when an overflow kept everything as it
-    was.
+    was. `applied` is what a fused backward on a GPU leaves for step(): 1, or 0 where the device has refused the step.
     """
 
     def __init__(self, head: Head, optimizer: FusedOptimizer, group_index: int) -> None:
@@ -38,7 +38,8 @@ class Owner:
         self.optimizer = optimizer
         self.group_index = group_index
         self.anchor = torch.zeros((), dtype=torch.float32, device=head.weight.device, requires_grad=True)
-        self.control = torch.tensor([next(_handles), 0], dtype=torch.int64)
+        self.control = torch.tensor([next(_handles), 0], dtype=torch.int64, device="cpu")
+        self.applied: Tensor | None = None
         _owners[int(self.control[HANDLE])] = self
 
     @property

@@ -1,7 +1,10 @@
 """_sampled.py -- sampled softmax as three operators: choose the classes, gather their rows, bring their gradients home.
 
 Between the last two stands the dense head's own loss over the gathered rows. The choice draws its key from torch's
-generator, as dropout does: `torch.manual_seed` repeats a run, and gradient checkpointing draws the same classes again.
+generator of the head's device, as dropout does: `torch.manual_seed` repeats a run, gradient checkpointing draws the
+same classes again, and every replay of a CUDA graph draws new ones.
+
+On a GPU everything stays there: shapes are those that no data decides, with padding.
 """
 
 from __future__ import annotations
@@ -19,8 +22,10 @@ from widehead import _core
 from widehead._core import Error, NonFiniteError, ShapeError
 from widehead.sampling import Proposal, sample_classes
 
-from ._glue import capsule, follow_threads, update_capsules
-from ._owner import PENDING, owner_of, refuse_second_backward
+from ._device import capsule, gpu_of, on_gpu
+from ._glue import DeviceStep, follow_threads, update_capsules
+from ._owner import PENDING, Owner, owner_of, refuse_second_backward
+from ._sampled_gpu import sample_on_gpu
 
 # Proposals by key: operators take tensors and numbers only.
 _keys = itertools.count(1)
@@ -40,14 +45,17 @@ def sample_rows(
     """The classes of one step.
 
     Args:
-        indices: the batch's labels int64 `[B]` or `[nnz]`; seed: 0-d int64, the key of the draws.
-        padded: bring rows to the length that no data decides, len(indices) + negatives (compiled graphs want that);
-            padding is -1 with offset -infinity.
+        indices: the batch's labels int64 `[B]` or `[nnz]`; seed: 0-d int64, the key of the draws, on the CPU or where
+            indices are.
+        padded: bring rows to the length that no data decides, len(indices) + negatives (compiled graphs want that, and
+            GPUs always do it); padding is -1 with offset -infinity.
     Returns:
         rows int64 `[A]`, distinct and ascending; offset float32 `[A]` for their logits; the labels as positions in
-        rows, shaped as indices (IGNORED where they are ignore_index); and the number of rows that are no padding, 0-d
-        int64 on the CPU.
+        rows, shaped as indices (IGNORED where they are ignore_index); and the number of rows to work on, 0-d int64 on
+        the CPU: on a GPU all, else those that are no padding.
     """
+    if on_gpu(indices):
+        return sample_on_gpu(_proposals[proposal], negatives, indices, seed, ignore_index)
     picked = sample_classes(
         _proposals[proposal], negatives, indices.cpu().numpy(), seed=int(seed), step=0, ignore_index=ignore_index
     )
@@ -57,16 +65,17 @@ def sample_rows(
         extra = len(indices) + negatives - count
         rows = np.concatenate([rows, np.full(extra, -1, np.int64)])
         offset = np.concatenate([offset, np.full(extra, -np.inf, np.float32)])
-    to = indices.device
-    positions = torch.from_numpy(np.ascontiguousarray(picked.indices))
-    return torch.from_numpy(rows).to(to), torch.from_numpy(offset).to(to), positions.to(to), torch.tensor(count)
+    arrays = (rows, offset, np.ascontiguousarray(picked.indices))
+    chosen, shift, positions = (torch.from_numpy(array).to(indices.device) for array in arrays)
+    return chosen, shift, positions, torch.tensor(count, device="cpu")
 
 
 @sample_rows.register_fake
 def _(
     indices: Tensor, seed: Tensor, proposal: int, negatives: int, ignore_index: int | None, padded: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    n = indices.shape[0] + negatives if padded else torch.library.get_ctx().new_dynamic_size()
+    fixed = padded or on_gpu(indices)
+    n = indices.shape[0] + negatives if fixed else torch.library.get_ctx().new_dynamic_size()
     count = torch.empty((), dtype=torch.int64, device="cpu")
     return indices.new_empty(n), indices.new_empty(n, dtype=torch.float32), torch.empty_like(indices), count
 
@@ -87,6 +96,13 @@ def gather_rows(
     """
     n = int(count)
     taken = torch.empty(rows.shape[0], weight.shape[1], dtype=weight.dtype, device=weight.device)
+    if on_gpu(weight):
+        _core.gather_rows(weight=capsule(weight), rows=capsule(rows), out=capsule(taken), gpu=gpu_of(weight))
+        if bias is None:
+            return taken, weight.new_empty(0)
+        column = bias.new_empty(rows.shape[0], 1)
+        _core.gather_rows(weight=capsule(bias[:, None]), rows=capsule(rows), out=capsule(column), gpu=gpu_of(weight))
+        return taken, column[:, 0]
     follow_threads()
     if n:
         _core.gather_rows(weight=capsule(weight), rows=capsule(rows[:n]), out=capsule(taken[:n]))
@@ -124,6 +140,10 @@ def update_rows(
     report = torch.zeros((), dtype=torch.float32, device=weight.device)
     if not n:
         return report
+    if on_gpu(weight):
+        report = _update_rows_on_gpu(owner, weight, bias, rows, grad, grad_bias)
+        control[PENDING] = 1
+        return report
     scaler = owner.scaler()
     scale = 1.0 if scaler is None else float(scaler.get_scale())
 
@@ -149,6 +169,32 @@ def update_rows(
         return report.fill_(torch.inf)
     control[PENDING] = 1
     return report
+
+
+def _update_rows_on_gpu(
+    owner: Owner, weight: Tensor, bias: Tensor | None, rows: Tensor, grad: Tensor, grad_bias: Tensor | None
+) -> Tensor:
+    step = DeviceStep(owner, weight)
+
+    def ready(gradient: Tensor | None) -> Any:
+        if gradient is None:
+            return None
+        if step.inverse is not None:
+            # Small numbers without their scale are lost in float16.
+            wide = torch.promote_types(gradient.dtype, torch.float32)
+            gradient = gradient.to(wide) * step.inverse
+        return capsule(gradient.contiguous())
+
+    _core.update_rows(
+        weight=capsule(weight),
+        rows=capsule(rows),
+        grad=ready(grad),
+        bias=capsule(bias),
+        grad_bias=ready(grad_bias),
+        update=update_capsules(owner),
+        gpu=step.gpu(weight),
+    )
+    return step.close()
 
 
 @update_rows.register_fake
@@ -185,12 +231,21 @@ def _backward(ctx: Any, grad: Tensor, grad_bias: Tensor) -> tuple[Tensor | None,
 
 
 def _scatter(grad: Tensor, rows: Tensor, count: Tensor, shape: torch.Size, sparse: bool) -> Tensor:
-    """Gradients of rows as a gradient of the whole."""
+    """Gradients of rows as a gradient of the whole.
+
+    On a GPU padding becomes repeats of the first row with a gradient of zero: an optimiser that moves the rows of a
+    sparse gradient moves no others.
+    """
+    n = int(count)
+    if on_gpu(grad):
+        padding = rows < 0
+        grad = grad.masked_fill(padding if grad.dim() == 1 else padding[:, None], 0)
+        rows = torch.where(padding, rows[:1], rows).clamp(min=0)
     if not sparse:
         # Padding has a gradient of zero, wherever it goes.
         return grad.new_zeros(shape).index_add(0, rows.clamp(min=0), grad)
-    n = int(count)
-    return torch.sparse_coo_tensor(rows[:n].unsqueeze(0), grad[:n], shape, is_coalesced=True, check_invariants=False)
+    where, distinct = rows[:n].unsqueeze(0), not on_gpu(grad)
+    return torch.sparse_coo_tensor(where, grad[:n], shape, is_coalesced=distinct, check_invariants=False)
 
 
 gather_rows.register_autograd(_backward, setup_context=_save)

@@ -13,9 +13,10 @@ from widehead import _core
 from widehead.options import LOSSES, DenseOptions
 from widehead.sampling import IGNORED
 
-from . import ops
+from . import _device, ops
 from ._head import Head, check, checked_class_weight, checked_seed, checked_weight_dtype
 from ._sampled import checked_proposal, gather_rows, register_proposal, sample_rows
+from ._sampled_gpu import tables_on
 from ._target import Target
 
 
@@ -42,8 +43,8 @@ class DenseHead(Head):
             weights `[D]`.
         bias: add a learned bias. reduction: "none", "mean" (over examples that have a target; 0 when their weights sum
             to 0), "sum".
-        dtype: float32, bfloat16 (trained by stochastic rounding in fused mode; the bias stays float32) or float64 (CPU,
-            checks).
+        dtype: float32, bfloat16 or float16 (trained by stochastic rounding in fused mode; the bias stays float32), or
+            float64 (checks). float16 is for GPUs.
         seed: of the initial weights; None draws one from torch's generator.
 
     Shape:
@@ -95,10 +96,10 @@ class DenseHead(Head):
         self.options = options
         self.proposal = checked_proposal(proposal, n_classes) if loss == "sampled_softmax" else None
         self._proposal_key = 0 if self.proposal is None else register_proposal(self.proposal)
-        dtype = checked_weight_dtype(dtype)
+        dtype = checked_weight_dtype(dtype, torch.empty(0, device=device))
         self.seed = checked_seed(seed)
         self.weight = nn.Parameter(torch.empty(n_classes, in_features, device=device, dtype=dtype))
-        bias_dtype = torch.float32 if dtype == torch.bfloat16 else dtype
+        bias_dtype = torch.promote_types(dtype, torch.float32)
         self.bias = nn.Parameter(torch.zeros(n_classes, device=device, dtype=bias_dtype)) if bias else None
         if not self.weight.is_meta:
             self._move_options(self.weight.device)
@@ -119,10 +120,8 @@ class DenseHead(Head):
 
     def _fill(self, out: Tensor, first_row: int) -> None:
         bound = 1.0 / math.sqrt(self.in_features)
-        host = out.detach().cpu()
-        _core.init_uniform(out=ops.capsule(host), low=-bound, high=bound, seed=self.seed, first_row=first_row)
-        if out.is_cuda:
-            out.copy_(host)
+        where, gpu = _device.capsule(out), _device.gpu_of(out)
+        _core.init_uniform(out=where, low=-bound, high=bound, seed=self.seed, first_row=first_row, gpu=gpu)
 
     def _losses(self, rows: Tensor, target: Target) -> tuple[Tensor, Tensor, Tensor]:
         anchor, control = (self._anchor, self._control) if self.training else (None, None)
@@ -143,14 +142,16 @@ class DenseHead(Head):
     def _sampled_losses(
         self, rows: Tensor, target: Target, anchor: Tensor | None, control: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        compiling = torch.compiler.is_compiling()
-        seed = torch.randint(2**63 - 1, (), device="cpu")
+        fixed = torch.compiler.is_compiling() or _device.on_gpu(rows)  # shapes that no data decides
+        # A sparse gradient has one that data decides: compiled and captured graphs take a dense one.
+        sparse = not torch.compiler.is_compiling() and not _device.capturing(rows.device)
+        seed = torch.randint(2**63 - 1, (), device=rows.device if _device.on_gpu(rows) else "cpu")
         ignore = self.ignore_index if target.indptr is None else None
         classes, offset, positions, count = sample_rows(
-            target.indices, seed, self._proposal_key, self.options.negatives, ignore, compiling
+            target.indices, seed, self._proposal_key, self.options.negatives, ignore, fixed
         )
-        weight, bias = gather_rows(self.weight, self.bias, classes, count, anchor, control, not compiling)
-        class_weight = None if self.class_weight is None else self.class_weight[classes]
+        weight, bias = gather_rows(self.weight, self.bias, classes, count, anchor, control, sparse)
+        class_weight = None if self.class_weight is None else self.class_weight[classes.clamp(min=0)]
         local = Target(target.indptr, positions, target.values)
         return self._dense_losses(
             rows, weight, None if self.bias is None else bias, offset, local, class_weight, None, None, IGNORED
@@ -177,7 +178,7 @@ class DenseHead(Head):
     def from_linear(cls, linear: nn.Linear, **options: Any) -> Self:
         """A head over the very parameters of a linear layer (shared, not copied); `options` as in the constructor."""
         check(isinstance(linear, nn.Linear), f"linear: expected torch.nn.Linear, got {type(linear).__name__}")
-        dtype = checked_weight_dtype(linear.weight.dtype)
+        dtype = checked_weight_dtype(linear.weight.dtype, linear.weight)
         head = cls(
             linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta", dtype=dtype, **options
         )
@@ -208,6 +209,7 @@ class DenseHead(Head):
         Raises:
             ShapeError: fewer classes than now, or one of the arguments missing.
         """
+        self.check()
         check(n_classes >= self.n_classes, f"n_classes: expected at least {self.n_classes}, got {n_classes}")
         for name, new in (("class_weight", class_weight), ("proposal", proposal)):
             check(
@@ -233,9 +235,15 @@ class DenseHead(Head):
         parameter.grad = None
         parameter.data = value.detach()
 
+    def _move_options(self, device: torch.device) -> None:
+        super()._move_options(device)
+        if self.proposal is not None and _device.on_gpu(self.weight):
+            tables_on(self.proposal, self.weight.device)
+
     def _adopt_proposal(self, proposal: Any) -> None:
         self.proposal = proposal
         self._proposal_key = 0 if proposal is None else register_proposal(proposal)
+        self._move_options(self._option_device())
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -15,7 +15,8 @@ from torch.library import custom_op
 from widehead import _core
 from widehead._core import Error, NonFiniteError
 
-from ._glue import capsule, follow_threads, fused_backward, rows, stream_of, sum_dtype
+from ._device import capsule, gpu_of, on_gpu, tf32
+from ._glue import follow_threads, fused_backward, fused_backward_on_gpu, rows, sum_dtype
 from ._owner import PENDING, owner_of, refuse_second_backward
 
 
@@ -25,7 +26,6 @@ def _layer(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> dict[str, Any
         "hidden": capsule(rows(hidden)),
         "weight": capsule(weight),
         "bias": capsule(bias),
-        
     }
 
 
@@ -97,6 +97,8 @@ def dense_loss(
             losses=capsule(losses),
             output=capsule(output),
             lse=capsule(lse) if loss == "softmax" else None,
+            tf32=on_gpu(hidden) and tf32(),
+            gpu=gpu_of(hidden),
         )
     return losses, output, lse
 
@@ -149,18 +151,26 @@ def dense_grad(
             **_layer(hidden, weight, bias),
             **_target(indptr, indices, values, class_weight, offset),
             **_options(loss, label_smoothing, lse_penalty, softcap, ignore_index),
-            **_gradients(loss, lse, grad_losses, grad_output, grad_lse, 1.0),
+            **_gradients(loss, lse, grad_losses, grad_output, grad_lse, None),
             grad_hidden=capsule(grad_hidden) if need_hidden else None,
             grad_weight=capsule(grad_weight) if need_weight else None,
             grad_bias=capsule(grad_bias) if need_bias else None,
             filter_eps=filter_eps,
+            tf32=on_gpu(hidden) and tf32(),
+            gpu=gpu_of(hidden),
         )
     except NonFiniteError:
         # As every torch layer: the gradient is not a number, and whoever looks at it (a GradScaler) skips the step.
         for gradient in outputs:
             gradient.fill_(torch.nan)
-    if hidden.dtype == torch.float16 and not torch.isfinite(grad_hidden).all():
-        # float16 could not carry the gradient to the backbone: then the weights must not take their step either.
+    # Where float16 could not carry the gradient to the backbone, the weights must not take their step either.
+    if hidden.dtype != torch.float16 or not need_hidden:
+        return outputs
+    finite = torch.isfinite(grad_hidden).all()
+    if on_gpu(hidden):
+        grad_weight.masked_fill_(~finite, torch.nan)
+        grad_bias.masked_fill_(~finite, torch.nan)
+    elif not finite:
         grad_weight.fill_(torch.nan)
         grad_bias.fill_(torch.nan)
     return outputs
@@ -185,12 +195,12 @@ def _empty_bias(bias: Tensor | None, needed: bool, weight: Tensor) -> Tensor:
 
 
 def _gradients(
-    loss: str, lse: Tensor, grad_losses: Tensor, grad_output: Tensor, grad_lse: Tensor, factor: float
+    loss: str, lse: Tensor, grad_losses: Tensor, grad_output: Tensor, grad_lse: Tensor, factor: float | Tensor | None
 ) -> dict[str, Any]:
     """The gradients that come in, times `factor`."""
 
     def ready(gradient: Tensor) -> Any:
-        return capsule((gradient * factor if factor != 1.0 else gradient).contiguous())
+        return capsule((gradient if factor is None else gradient * factor).contiguous())
 
     softmax = loss == "softmax"
     return {
@@ -228,7 +238,8 @@ def dense_grad_update(
 
     The optimiser, its hyper-parameters and its state are found through `control` when the operator runs. Returns
     grad_hidden `[B, d]` (empty when not needed) and the anchor's gradient, 0-d: 0, or infinity when an overflow under a
-    GradScaler left everything as it was. Without a scaler a non-finite input raises NonFiniteError; nothing changes.
+    GradScaler left everything as it was. Without a scaler a non-finite input raises NonFiniteError (on a GPU it is
+    recorded, and grad_hidden is 0); nothing changes.
     """
     owner = owner_of(control)
     if control[PENDING]:
@@ -238,17 +249,22 @@ def dense_grad_update(
     if not hidden.shape[0]:
         return grad_hidden, report
 
-    def backward(factor: float, **what: Any) -> None:
+    def backward(factor: float | Tensor | None, **what: Any) -> None:
         _core.dense_backward(
             **_layer(hidden, weight, bias),
             **_target(indptr, indices, values, class_weight, offset),
             **_options(loss, label_smoothing, lse_penalty, softcap, ignore_index),
             **_gradients(loss, lse, grad_losses, grad_output, grad_lse, factor),
             filter_eps=filter_eps,
+            tf32=on_gpu(hidden) and tf32(),
             **what,
         )
 
-    if fused_backward(owner, backward, grad_hidden if need_hidden else None):
+    wanted = grad_hidden if need_hidden else None
+    if on_gpu(hidden):
+        report = fused_backward_on_gpu(owner, backward, weight, wanted)
+        control[PENDING] = 1
+    elif fused_backward(owner, backward, wanted):
         control[PENDING] = 1
     else:
         report.fill_(torch.inf)
@@ -327,6 +343,7 @@ def dense_topk(
             exclude_indices=capsule(exclude_indices),
             scores=capsule(scores),
             classes=capsule(classes),
+            gpu=gpu_of(hidden),
         )
     return scores, classes
 
@@ -344,11 +361,11 @@ def dense_scores(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: f
     scores = torch.empty(hidden.shape[0], n, dtype=sum_dtype(weight), device=hidden.device)
     if not scores.numel():
         return scores
-    layer = _layer(hidden, weight, bias)
+    common = {**_layer(hidden, weight, bias), "softcap": softcap, "gpu": gpu_of(hidden)}
     if classes is None:
-        _core.dense_logits(**layer, softcap=softcap, logits=capsule(scores))
+        _core.dense_logits(**common, logits=capsule(scores))
     else:
-        _core.dense_scores(**layer, softcap=softcap, classes=capsule(classes.contiguous()), scores=capsule(scores))
+        _core.dense_scores(**common, classes=capsule(classes.contiguous()), scores=capsule(scores))
     return scores
 
 

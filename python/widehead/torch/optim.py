@@ -21,10 +21,12 @@ from torch import Tensor, nn
 
 from widehead._core import BackendError, Error, ShapeError
 
+from ._device import faults_of, on_gpu
 from ._head import Head, check, checked_seed
 from ._owner import PENDING, Owner
 
 ROUNDINGS = ("nearest", "stochastic", "kahan")
+HALVES = (torch.bfloat16, torch.float16)
 
 
 class FusedOptimizer(torch.optim.Optimizer):
@@ -110,6 +112,10 @@ class FusedOptimizer(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Close the step that backward has taken: count it and let the next backward pass. Nothing to close: no
         effect.
+
+        Raises:
+            LabelError, NonFiniteError: on a GPU, what an earlier step has met, as soon as that is known without
+                waiting. That step has changed nothing; this one is closed.
         """
         loss = None
         if closure is not None:
@@ -122,9 +128,11 @@ class FusedOptimizer(torch.optim.Optimizer):
             )
         for owner in self._owners:
             if owner.control[PENDING]:
-                self._state_of(owner.head.weight)["step"] += 1
-                owner.control[PENDING] = 0
+                self._state_of(owner.head.weight)["step"] += 1 if owner.applied is None else owner.applied
+                owner.control[PENDING], owner.applied = 0, None
                 owner.head.after_step()
+        for device in {owner.head.weight.device for owner in self._owners if on_gpu(owner.head.weight)}:
+            faults_of(device).look()
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -135,7 +143,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         for name, parameter in zip(names, parameters, strict=True):
             for key, value in state_dict["state"].get(name, {}).items():
                 if isinstance(value, Tensor):
-                    device = value.device if key == "step" else parameter.device
+                    device = parameter.device if key != "step" or on_gpu(parameter) else torch.device("cpu")
                     self.state[parameter][key] = value.detach().to(device=device, copy=True)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -150,20 +158,32 @@ class FusedOptimizer(torch.optim.Optimizer):
         update = {
             "optimizer": self.optimizer_name,
             "rounding": group["rounding"] or "stochastic",
-            "lr": float(group["lr"]),
             "weight_decay": float(group["weight_decay"]),
-            "step": int(self._state_of(head.weight)["step"]) + 1,
             "seed": int(group["seed"]),
             **self._core_options(group),
+            **self._counted(head.weight, group["lr"]),
         }
         for names, parameter in ((("first", "second"), head.weight), (("bias_first", "bias_second"), head.bias)):
             if parameter is not None:
                 state = self._state_of(parameter)
                 for name, key in zip(names, self._moments(group), strict=False):
                     update[name] = state[key]
-        if group["rounding"] == "kahan" and head.weight.dtype == torch.bfloat16:
+        if group["rounding"] == "kahan" and head.weight.dtype in HALVES:
             update["compensation"] = self._state_of(head.weight)["compensation"]
         return update
+
+    def _counted(self, weight: nn.Parameter, lr: float | Tensor) -> dict[str, Any]:
+        """Learning rate and step. On a GPU the step, and a learning rate that is a tensor there, are read by the
+        device, so that a captured graph reads them anew.
+        """
+        done = self._state_of(weight)["step"]
+        if not on_gpu(weight):
+            return {"lr": float(lr), "step": int(done) + 1}
+        counted: dict[str, Any] = {"device_step": done.reshape(1)}
+        if isinstance(lr, Tensor) and on_gpu(lr):
+            there = lr.detach().to(device=weight.device, dtype=torch.float32, non_blocking=True)
+            return {**counted, "device_lr": there.reshape(1)}
+        return {**counted, "lr": float(lr)}
 
     def grow(self, owner: Owner, old: int) -> None:
         """Extend the state of a head that had `old` classes: zeros for the new ones, as at the start."""
@@ -187,8 +207,9 @@ class FusedOptimizer(torch.optim.Optimizer):
                 state[key] = torch.zeros_like(parameter, dtype=kind, requires_grad=False)
         if parameter.dim() == 2:
             if "step" not in state:
-                state["step"] = torch.zeros((), dtype=torch.int64)
-            if group["rounding"] == "kahan" and parameter.dtype == torch.bfloat16 and "compensation" not in state:
+                device = parameter.device if on_gpu(parameter) else "cpu"
+                state["step"] = torch.zeros((), dtype=torch.int64, device=device)
+            if group["rounding"] == "kahan" and parameter.dtype in HALVES and "compensation" not in state:
                 state["compensation"] = torch.zeros_like(parameter, requires_grad=False)
         return state
 
@@ -216,10 +237,11 @@ class FusedSGD(FusedOptimizer):
 
     Args:
         heads: a head, a list of them, or groups `{"heads": [...], "lr": ...}`. They are owned from now on.
-        lr: learning rate, read at every backward: schedulers work.
+        lr: learning rate, read at every backward: schedulers work. A tensor on the GPU is read there: steps captured in
+            a CUDA graph follow it.
         momentum, weight_decay: as in torch.optim.SGD. With sampled softmax they act on the rows a step touches.
-        rounding: how bfloat16 weights are rounded: "stochastic" (None), "nearest", or "kahan", which keeps the lost
-            bits in one more bfloat16 a weight.
+        rounding: how bfloat16 and float16 weights are rounded: "stochastic" (None), "nearest", or "kahan", which keeps
+            the lost bits in one more number of that type a weight.
         grad_scaler: the `torch.amp.GradScaler` in use. Gradients that come in are unscaled, and an overflow leaves the
             head as
             it was and reaches the scaler: `scaler.step(...)` skips head and backbone together. One that shows up only
@@ -229,7 +251,8 @@ class FusedSGD(FusedOptimizer):
 
     Raises:
         ShapeError: an option out of range, or a head that is owned already.
-        NonFiniteError: in backward, a hidden state or gradient is NaN or infinite (no scaler); nothing has changed.
+        NonFiniteError: in backward, a hidden state or gradient is NaN or infinite (no scaler); nothing has changed. On
+            a GPU the error comes from a later step(), or from `head.check()`.
         Error: in backward, the second one before step().
     """
 

@@ -1,0 +1,58 @@
+"""tests/python/torch_devices.py -- the device of the PyTorch tests: the CPU, a GPU, or a GPU's code paths on the host.
+
+Where the CUDA backend is emulated, torch has no GPU: "cuda" gives tensors on the CPU, and widehead.torch is told that
+they are on one. So the branches for GPUs and all kernels run; streams, graphs and memory of a real device do not (they
+have tests of their own, marked gpu).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch.utils.dlpack import to_dlpack
+
+from devices import aligned, claim_cuda, no_cuda
+from widehead import _core
+from widehead.torch import Head, _device
+
+
+def emulate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Takes tensors on the CPU for tensors on a GPU, until the test ends."""
+    monkeypatch.setattr(_device, "_gpu_type", "cpu")
+    monkeypatch.setattr(_device, "_export", lambda tensor: claim_cuda(to_dlpack(tensor)))
+    monkeypatch.setattr(_device, "scratch", lambda n, device: torch.from_numpy(aligned(n)))
+    monkeypatch.setattr(_device, "_faults", {})
+    monkeypatch.setattr(_device, "_find_cublas", lambda: None)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Where torch keeps the test's tensors. No fault is left unread."""
+    if request.param == "cpu":
+        yield "cpu"
+        return
+    if reason := no_cuda():
+        pytest.skip(reason)
+    if _core.cuda_emulated:
+        emulate(monkeypatch)
+    yield "cpu" if _core.cuda_emulated else "cuda"
+    for faults in _device._faults.values():
+        faults.take()
+
+
+def is_gpu(device: str) -> bool:
+    return device == _device._gpu_type
+
+
+@contextmanager
+def raises(head: Head, error: type[Exception], match: str | None = None) -> Iterator[None]:
+    """The block's error: on the CPU at once, on a GPU when the head is asked."""
+    with pytest.raises(error, match=match):
+        yield
+        head.check()
+
+
+real_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason=no_cuda() or "no CUDA device")
