@@ -12,7 +12,6 @@ torch = pytest.importorskip("torch")
 import torch.nn.functional as F  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from torch_devices import device  # noqa: E402, F401
 from widehead import BackendError, DtypeError, LabelError, Labels, NonFiniteError, ShapeError  # noqa: E402
 from widehead.sampling import Proposal, sample_classes  # noqa: E402
 from widehead.torch import DenseHead  # noqa: E402
