@@ -3,6 +3,7 @@
 #   make demo    build, install without PyTorch, train on a million place names, show the results
 #   make test    build and install with everything, run the C++ and the Python tests
 #   make bench   BENCH=dense ARGS="..."   a benchmark of bench/
+#   make gpu     on a machine with an NVIDIA GPU, offline: builds with CUDA, tests, measures; ARGS=bench for one step of it
 #   make lint    style and types            make format   put the style right
 #   make venv    only the virtual environment, with the package and all its extras
 #   make clean   remove what was built (the virtual environment stays; `rm -r .venv` removes it)
@@ -25,7 +26,7 @@ CXX_FILES = $(shell git ls-files -co --exclude-standard '*.cc' '*.h' '*.cu' '*.c
 export CMAKE_BUILD_PARALLEL_LEVEL := $(JOBS)
 export PYTHON JOBS
 
-.PHONY: demo test bench lint lint-format lint-ruff lint-types format clean venv preflight
+.PHONY: demo test bench gpu lint lint-format lint-ruff lint-types format clean venv preflight
 .DEFAULT_GOAL := help
 
 .PHONY: help
@@ -40,6 +41,10 @@ test: preflight $(VENV)/.stamp-test
 
 bench: preflight $(VENV)/.stamp-test
 	$(PY) bench/$(BENCH).py $(ARGS)
+
+# With the python3 of that machine, which has a CUDA build of PyTorch; neither .venv nor a package index is used.
+gpu:
+	@$(PYTHON) scripts/gpu.py $(ARGS)
 
 venv: preflight $(VENV)/.stamp-test $(VENV)/.stamp-lint
 

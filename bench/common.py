@@ -1,4 +1,4 @@
-"""common.py -- what the benchmarks share: the machine, interleaved timing, measured peak memory, result files."""
+"""common.py -- what the benchmarks share: the machine, interleaved timing, peak memory, result files, tables."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).resolve().parent / "results"
+RESULTS = Path(os.environ.get("BENCH_OUT") or Path(__file__).resolve().parent / "results")
 
 
 def machine(threads: int | None = None) -> dict[str, Any]:
@@ -51,9 +51,13 @@ def _processor() -> str:
 
 
 def _commit() -> str:
+    """Of the working tree; COMMIT names it where there is a copy of the files without their history."""
     root = Path(__file__).resolve().parent.parent
-    run = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True)
-    return run.stdout.strip() or "unknown"
+    try:
+        run = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True)
+    except OSError:
+        return os.environ.get("COMMIT", "unknown")
+    return run.stdout.strip() or os.environ.get("COMMIT", "unknown")
 
 
 def interleaved(
@@ -119,9 +123,15 @@ def read(name: str) -> dict[str, Any] | None:
 
 def write(name: str, result: dict[str, Any]) -> Path:
     """Writes bench/results/<name>.json whole or not at all."""
-    RESULTS.mkdir(exist_ok=True)
+    RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{name}.json"
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(result, indent=1) + "\n")
     temporary.replace(path)
     return path
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table; all columns but the first are numbers."""
+    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -6,6 +6,7 @@ rate of a large float32 product, `torch.mm` of 2048 x 2048.
 
     python bench/dense.py                 the whole grid, about half an hour on two cores
     python bench/dense.py --quick         a corner of it, about a minute
+    python bench/dense.py --device cuda   on a GPU: dense_gpu.py, which has options of its own
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from collections.abc import Callable
 from typing import Any
 
 import common
+import dense_gpu
 import torch
 import torch.nn.functional as F
 
@@ -130,7 +132,15 @@ def memory_case(name: str, D: int, d: int, B: int, dtype_name: str) -> dict[str,
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    where = argparse.ArgumentParser(add_help=False)
+    where.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    device, rest = where.parse_known_args()
+    if device.device == "cuda":
+        dense_gpu.main(rest)
+        return
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, parents=[where]
+    )
     parser.add_argument("--quick", action="store_true")
     parser.add_argument(
         "--classes", type=int, nargs="+", help="these sizes only; other cases stay as they were measured"

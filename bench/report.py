@@ -1,7 +1,8 @@
 """report.py -- tables and figures of bench/results, written into README.md between their marks.
 
 python bench/report.py           prints the tables, draws docs/places.svg
-python bench/report.py --readme  also puts them into README.md
+python bench/report.py --readme  also puts them into README.md, those of the GPU into GPU.md
+python bench/report.py --gpu     only the GPU's tables
 """
 
 from __future__ import annotations
@@ -11,14 +12,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, read
+from common import read, table
+from gpu_report import gpu_tables
 
-ROOT = RESULTS.parent.parent
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def conditions(machine: dict[str, Any]) -> str:
@@ -109,31 +106,34 @@ def places_figure(result: dict[str, Any], path: Path) -> None:
     figure.savefig(path, metadata={"Date": None})
 
 
-def put(mark: str, text: str) -> None:
-    """Replaces what stands between <!-- mark --> and <!-- /mark --> in README.md."""
-    path = ROOT / "README.md"
+def put(mark: str, text: str, file: str = "README.md") -> None:
+    """Replaces what stands between <!-- mark --> and <!-- /mark --> in a file of the root."""
+    path = ROOT / file
     old = path.read_text(encoding="utf-8")
     block = f"<!-- {mark} -->\n{text}\n<!-- /{mark} -->"
     new, n = re.subn(rf"<!-- {mark} -->.*?<!-- /{mark} -->", lambda _: block, old, flags=re.S)
     if n != 1:
-        raise SystemExit(f"README.md: expected the marks of {mark} once, found them {n} times")
+        raise SystemExit(f"{file}: expected the marks of {mark} once, found them {n} times")
     path.write_text(new, encoding="utf-8")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--readme", action="store_true")
+    parser.add_argument("--gpu", action="store_true")
     args = parser.parse_args()
     texts = {}
-    if dense := read("dense"):
+    if not args.gpu and (dense := read("dense")):
         texts["speed-table"] = dense_tables(dense)
-    if places := read("places"):
+    if not args.gpu and (places := read("places")):
         texts["demo-table"] = places_table(places)
         places_figure(places, ROOT / "docs" / "places.svg")
+    if (gpu := read("dense_gpu")) and gpu["cells"]:
+        texts["gpu-table"] = gpu_tables(gpu, read("dense_gpu_headline"))
     for mark, text in texts.items():
         print(text, end="\n\n")
         if args.readme:
-            put(mark, text)
+            put(mark, text, "GPU.md" if mark == "gpu-table" else "README.md")
 
 
 if __name__ == "__main__":

@@ -1,15 +1,18 @@
 # Cuda -- the CUDA backend: built by nvcc, run on the host by an emulation, or a file that refuses every call
 #
-# WIDEHEAD_CUDA=ON          nvcc 12 or later; CMAKE_CUDA_ARCHITECTURES names the architectures. "native" would build some
-#                           default on a machine without a GPU. Releases take WIDEHEAD_CUDA_RELEASE_ARCHITECTURES.
+# WIDEHEAD_CUDA=ON          nvcc 12 or later; CMAKE_CUDA_ARCHITECTURES, or CUDAARCHS in the environment, names the
+#                           architectures. ("native" would build some default on a machine without a GPU.) "release"
+#                           stands for all that are supported, the last as PTX for those to come.
 # WIDEHEAD_CUDA_EMULATED=ON the same sources through the C++ compiler (tests/cuda_host): slow, but every line runs.
-set(WIDEHEAD_CUDA_RELEASE_ARCHITECTURES 75-real 80-real 86-real 89-real 90-real 100-real 120)
 if(WIDEHEAD_CUDA AND WIDEHEAD_CUDA_EMULATED)
   message(FATAL_ERROR "WIDEHEAD_CUDA and WIDEHEAD_CUDA_EMULATED: choose one")
 endif()
 if(WIDEHEAD_CUDA)
-  if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
+  if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES AND NOT DEFINED ENV{CUDAARCHS})
     set(CMAKE_CUDA_ARCHITECTURES 90-real)
+  endif()
+  if(CMAKE_CUDA_ARCHITECTURES STREQUAL "release")
+    set(CMAKE_CUDA_ARCHITECTURES 75-real 80-real 86-real 89-real 90-real 100-real 120)
   endif()
   if(NOT DEFINED CMAKE_CUDA_FLAGS_RELEASE)
     set(CMAKE_CUDA_FLAGS_RELEASE "-O3 -DNDEBUG")

@@ -166,12 +166,12 @@ void scores(nb::handle hidden, nb::handle weight, nb::handle bias, double softca
   dense_scores(args);
 }
 
-void topk(nb::handle hidden, nb::handle weight, nb::handle bias, double softcap, std::int64_t k,
+void topk(nb::handle hidden, nb::handle weight, nb::handle bias, nb::handle offset, double softcap, std::int64_t k,
           nb::handle exclude_indptr, nb::handle exclude_indices, nb::handle out, nb::handle classes, nb::handle lse,
           nb::handle gpu) {
   Arrays arrays;
   DenseTopK args;
-  args.layer = layer_of(arrays, hidden, weight, bias, nb::none());
+  args.layer = layer_of(arrays, hidden, weight, bias, offset);
   args.softcap = softcap;
   args.k = k;
   constexpr Dtypes i64 = one_of(Dtype::i64);
@@ -181,6 +181,7 @@ void topk(nb::handle hidden, nb::handle weight, nb::handle bias, double softcap,
     throw ShapeError("exclude_indptr and exclude_indices: expected both or neither");
   args.exclude_indptr = sized<std::int64_t>(p, args.layer.hidden.rows + 1, "exclude_indptr", "[batch + 1]");
   args.exclude_indices = static_cast<const std::int64_t*>(i.data);
+  args.exclude_size = i.size;
   if (p && !arrays.on_gpu() && args.exclude_indptr[args.layer.hidden.rows] != i.size)
     throw LabelError("exclude_indptr: expected its last entry to be the number of exclude_indices " +
                      std::to_string(i.size) + ", got " + std::to_string(args.exclude_indptr[args.layer.hidden.rows]));
@@ -220,9 +221,10 @@ void bind_dense(nb::module_& m) {
         "offset"_a.none() = none, "softcap"_a = 0.0, "logits"_a.none(), "gpu"_a.none() = none);
   m.def("dense_scores", &scores, nb::kw_only(), "hidden"_a.none(), "weight"_a.none(), "bias"_a.none(),
         "softcap"_a = 0.0, "classes"_a.none(), "scores"_a.none(), "gpu"_a.none() = none);
-  m.def("dense_topk", &topk, nb::kw_only(), "hidden"_a.none(), "weight"_a.none(), "bias"_a.none(), "softcap"_a = 0.0,
-        "k"_a, "exclude_indptr"_a.none() = none, "exclude_indices"_a.none() = none, "scores"_a.none(),
-        "classes"_a.none(), "lse"_a.none() = none, "gpu"_a.none() = none);
+  m.def("dense_topk", &topk, nb::kw_only(), "hidden"_a.none(), "weight"_a.none(), "bias"_a.none(),
+        "offset"_a.none() = none, "softcap"_a = 0.0, "k"_a, "exclude_indptr"_a.none() = none,
+        "exclude_indices"_a.none() = none, "scores"_a.none(), "classes"_a.none(), "lse"_a.none() = none,
+        "gpu"_a.none() = none);
 }
 
 }  // namespace widehead::python

@@ -81,7 +81,7 @@ def dense_scores(
     gpu: Gpu | None = None,
 ) -> None: ...
 def dense_topk(
-    *, hidden: Array, weight: Array, bias: Array | None, softcap: float = 0.0, k: int,
+    *, hidden: Array, weight: Array, bias: Array | None, offset: Array | None = None, softcap: float = 0.0, k: int,
     exclude_indptr: Array | None = None, exclude_indices: Array | None = None,
     scores: Array, classes: Array, lse: Array | None = None, gpu: Gpu | None = None,
 ) -> None: ...

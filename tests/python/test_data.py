@@ -8,6 +8,9 @@ import lzma
 import numpy as np
 import pytest
 import scipy.sparse
+
+pytest.importorskip("hypothesis")
+
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 

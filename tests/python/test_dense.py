@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from typing import Any
 
 import numpy as np
@@ -124,6 +125,40 @@ def test_extreme_logits(unit: str, scale: float) -> None:
     for loss in ("softmax", "bce", "squared_hinge"):
         for dtype in DTYPES:
             check(make((17, 97, 16), dtype=dtype, loss=loss, scale=scale, device=unit))
+
+
+def far_apart(x: np.ndarray, stride: int) -> np.ndarray:
+    """The same matrix with `stride` elements from row to row, in memory that is reserved by the page."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)  # named since 3.13
+    memory = mmap.mmap(-1, ((len(x) - 1) * stride + x.shape[1]) * x.itemsize, flags=flags)
+    out = np.ndarray(x.shape, x.dtype, memory, strides=(stride * x.itemsize, x.itemsize))
+    out[...] = x
+    return out
+
+
+@pytest.mark.parametrize("shape", [(19, 21, 64), (19, 21, 257)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_offsets_past_two_to_the_31(unit: str, dtype: str, shape: tuple[int, int, int]) -> None:
+    """Rows far apart: offsets of elements pass 2^31, and results are those of the compact matrices, bit for bit."""
+    if unit == "cuda" and not _core.cuda_emulated:
+        pytest.skip("a GPU has no memory by the page")
+    near, far = (make(shape, dtype=dtype, multi=False, device=unit) for _ in range(2))
+    far.hidden, far.weight = far_apart(near.hidden, 1 << 27), far_apart(near.weight, 1 << 27)
+    scale = weights_of_examples(near)
+    lse = near.forward(("lse",))["lse"]
+    assert np.array_equal(far.forward(("lse",))["lse"], lse)
+    update = {"optimizer": "adam", "rounding": "stochastic", "lr": 0.1, "step": 1}
+    results = []
+    for case, spread in ((near, lambda x: x), (far, lambda x: far_apart(x, 1 << 27))):
+        state = {name: spread(np.zeros(shape[1:], np.float32)) for name in ("first", "second")}
+        state |= {name: np.zeros(shape[1], np.float32) for name in ("bias_first", "bias_second")}
+        weight, bias = spread(np.array(near.weight)), near.bias.copy()
+        out = {"grad_hidden": spread(np.zeros_like(near.hidden)), "weight": weight, "bias": bias}
+        arguments = {**case.arguments(), "lse": lse, "grad_losses": scale, **out, "update": {**update, **state}}
+        call(_core.dense_backward, unit, **arguments)
+        results.append({**out, **state})
+    for name, want in results[0].items():
+        assert np.array_equal(results[1][name], want), name
 
 
 def test_same_bits_for_any_number_of_threads(isa: str) -> None:

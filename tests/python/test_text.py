@@ -7,6 +7,9 @@ from collections import Counter
 import numpy as np
 import pytest
 import scipy.sparse as sp
+
+pytest.importorskip("hypothesis")
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -147,6 +150,7 @@ def test_norms(norm, order):
 
 
 def test_forms_of_a_name_share_features():
+    pytest.importorskip("anyascii")
     hasher = NGramHasher(2**20)
     rows = hasher.transform(["MÜNCHEN", "mu\u0308nchen", "munchen", "Ｍünchen", "Москва", "moskva", "Bern"])
     like = (rows @ rows.T).toarray()
@@ -167,6 +171,7 @@ def test_folding_in_one_go_is_folding_one_by_one():
 
 
 def test_same_bits_for_any_number_of_threads():
+    pytest.importorskip("anyascii")
     strings = [f"{a}{i} ночь {i * i}" for i in range(400) for a in AWKWARD[3:8]]
     results = []
     for n in (1, 2, 4):

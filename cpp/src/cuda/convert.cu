@@ -12,13 +12,13 @@ __global__ void convert_kernel(ConstAnyMatrix from, To* to, i64 stride) {
   for (i64 i = static_cast<i64>(blockIdx.x) * blockDim.x + threadIdx.x; i < n; i += step) {
     const i64 r = i / from.cols, c = i % from.cols;
     to[r * stride + c] = from_float<To>(
-        element_as<std::conditional_t<sizeof(To) == 8, double, float>>(from.data, from.dtype, r * from.stride + c));
+        number_at<std::conditional_t<sizeof(To) == 8, double, float>>(from.data, from.dtype, r * from.stride + c));
   }
 }
 
 }  // namespace
 
-void convert_rows(const Device& device, const ConstAnyMatrix& from, const AnyMatrix& to) {
+void convert_matrix(const Device& device, const ConstAnyMatrix& from, const AnyMatrix& to) {
   const dim3 grid(blocks_for(from.rows * from.cols, kThreads));
   switch (to.dtype) {
     case Dtype::f64:

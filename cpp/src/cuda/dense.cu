@@ -4,8 +4,9 @@
 //   backward   Z = X W' again, G = dL/dZ, dX += G W, dW = G' X, and the optimiser's step on the tile's rows of W
 //
 // Everything goes to the caller's stream in order, so a tile's dX sees its weights from before their step.
-#include "cuda/convert.h"
 #include "cuda/cublas.h"
+#include "cuda/dense_batch.h"
+#include "cuda/dense_fused.h"
 #include "cuda/dense_tile.h"
 #include "cuda/update.h"
 
@@ -37,51 +38,28 @@ Cut cut(const DenseLayer& layer, const Device& device) {
   return c;
 }
 
-// What forward and backward share: the batch in the weights' type, its targets, and the tiles of logits.
+// The batch, and its tiles of logits.
 template <class W, class Real>
 class Tiles {
  public:
   Tiles(const DenseLayer& layer, const Labels& target, const LossOptions& loss, const Device& device, Scratch& scratch)
-      : layer_(layer),
-        loss_(loss),
-        device_(device),
+      : batch(layer, loss, device, scratch),
         problem(layer, target, loss),
         cuts(cut(layer, device)),
-        targets(scratch.take<RowTargets>(layer.hidden.rows)) {
-    refused_ = scratch.take<std::int32_t>(1);
+        layer_(layer),
+        device_(device) {
     workspace_ = scratch.take<char>(kCublasWorkspace);
-    hidden_ = layer.hidden;
-    if (layer.hidden.dtype != layer.weight.dtype) {
-      auto* x = scratch.take<W>(layer.hidden.rows * layer.hidden.cols);
-      converted_ = {x, layer.weight.dtype, layer.hidden.rows, layer.hidden.cols, layer.hidden.cols};
-      hidden_ = converted_;
-    }
     z = scratch.take<Real>(cuts.chunk * cuts.stride);
-    if (loss.label_smoothing > 0) {
-      weight_sum = scratch.take<double>(1);
-      parts_ = scratch.take<double>(kSumParts);
-    }
   }
-
-  void begin(const Labels& target) {
-    if (!device_.refused) {
-      WIDEHEAD_CUDA_CHECK(cudaMemsetAsync(refused_, 0, sizeof *refused_, static_cast<cudaStream_t>(device_.stream)));
-    }
-    prepare_targets(device_, target, loss_, report(), targets);
-    if (weight_sum) sum_class_weights(device_, loss_.class_weight, layer_.weight.rows, parts_, weight_sum);
-    if (converted_) convert_rows(device_, layer_.hidden, converted_);
-  }
-
-  Report report() const { return {device_.faults, device_.refused ? device_.refused : refused_}; }
 
   // f(place) with the logits of the tile in z; tiles of classes outside, chunks of examples inside.
   template <class F, class After>
   void walk(const Cublas& blas, F f, After after) {
-    const i64 batch = layer_.hidden.rows, classes = layer_.weight.rows;
+    const i64 rows = layer_.hidden.rows, classes = layer_.weight.rows;
     for (i64 first = 0; first < classes; first += cuts.tile) {
       TilePlace place{0, 0, first, at_most(cuts.tile, classes - first), cuts.stride};
-      for (place.row = 0; place.row < batch; place.row += cuts.chunk) {
-        place.rows = at_most(cuts.chunk, batch - place.row);
+      for (place.row = 0; place.row < rows; place.row += cuts.chunk) {
+        place.rows = at_most(cuts.chunk, rows - place.row);
         Product p{place.rows,          place.count, layer_.weight.cols, hidden(place.row), weight(first, true),
                   layer_.weight.dtype, z,           cuts.stride,        real_dtype()};
         p.tf32 = layer_.tf32;
@@ -92,31 +70,20 @@ class Tiles {
     }
   }
 
-  Operand hidden(i64 row) const {
-    return {static_cast<const W*>(hidden_.data) + row * hidden_.stride, hidden_.stride, false};
-  }
-  Operand weight(i64 first, bool transposed) const {
-    return {static_cast<const W*>(layer_.weight.data) + first * layer_.weight.stride, layer_.weight.stride, transposed};
-  }
+  Operand hidden(i64 row) const { return {batch.hidden(row), batch.hidden_stride(), false}; }
+  Operand weight(i64 first, bool transposed) const { return {batch.weight(first), layer_.weight.stride, transposed}; }
   static Dtype real_dtype() { return DtypeOf<Real>::value; }
   Cublas blas() const { return Cublas(device_, workspace_); }
 
- private:
-  const DenseLayer& layer_;
-  const LossOptions& loss_;
-  const Device& device_;
-  std::int32_t* refused_ = nullptr;
-  char* workspace_ = nullptr;
-  double* parts_ = nullptr;
-  ConstAnyMatrix hidden_;
-  AnyMatrix converted_;  // where hidden's type is not the weights'
-
- public:
+  Batch<W> batch;
   Problem<Real> problem;
   Cut cuts;
-  RowTargets* targets;
   Real* z = nullptr;
-  double* weight_sum = nullptr;
+
+ private:
+  const DenseLayer& layer_;
+  const Device& device_;
+  char* workspace_ = nullptr;
 };
 
 template <class W, class Real>
@@ -128,17 +95,17 @@ struct Forward {
 
   void run() {
     const i64 batch = args_.layer.hidden.rows;
-    tiles_.begin(args_.target);
+    tiles_.batch.begin(args_.target);
     clear_sums(args_.device, sums_, batch * tiles_.cuts.pieces.slots);
     tiles_.walk(
         tiles_.blas(),
         [&](const TilePlace& place) {
           accumulate_tile<W, Real>(args_.device, args_.loss.kind, tiles_.problem, place, tiles_.cuts.pieces,
-                                   tiles_.targets, tiles_.z, sums_);
+                                   tiles_.batch.targets, tiles_.z, sums_);
         },
         [](const TilePlace&) {});
-    finish_losses(args_.device, args_.loss, batch, args_.layer.weight.rows, tiles_.targets, tiles_.weight_sum, sums_,
-                  tiles_.cuts.pieces.slots, args_.losses, args_.output, args_.lse);
+    finish_losses(args_.device, args_.loss, batch, args_.layer.weight.rows, tiles_.batch.targets,
+                  tiles_.batch.weight_sum, sums_, tiles_.cuts.pieces.slots, args_.losses, args_.output, args_.lse);
   }
 
  private:
@@ -178,13 +145,14 @@ class Backward {
 
   void run() {
     const i64 batch = args_.layer.hidden.rows;
-    tiles_.begin(args_.target);
-    const Report report = tiles_.report();
+    tiles_.batch.begin(args_.target);
+    const Report report = tiles_.batch.report();
     if (args_.update) {
       check_finite(args_.device, args_.layer.hidden, Argument::hidden, report);
       launch_scalars(args_.device, *args_.update, args_.layer.weight.dtype, step_);
     }
-    prepare_gradients(args_, tiles_.targets, tiles_.weight_sum, args_.update != nullptr, report, gradients_, largest_);
+    prepare_gradients(args_, tiles_.batch.targets, tiles_.batch.weight_sum, args_.update != nullptr, report, gradients_,
+                      largest_);
     if (sums_) clear_sums(args_.device, sums_, batch * tiles_.cuts.pieces.slots);
     if (batch == 0 && grad_weight_)
       WIDEHEAD_CUDA_CHECK(cudaMemsetAsync(
@@ -194,9 +162,9 @@ class Backward {
     tiles_.walk(
         blas, [&](const TilePlace& place) { chunk(blas, place); }, [&](const TilePlace& place) { finish_tile(place); });
     if (sums_)
-      finish_losses(args_.device, args_.loss, batch, args_.layer.weight.rows, tiles_.targets, tiles_.weight_sum, sums_,
-                    tiles_.cuts.pieces.slots, args_.losses, args_.output, AnyVector{});
-    if (grad_hidden_.data != args_.grad_hidden.data) convert_rows(args_.device, grad_hidden_, args_.grad_hidden);
+      finish_losses(args_.device, args_.loss, batch, args_.layer.weight.rows, tiles_.batch.targets,
+                    tiles_.batch.weight_sum, sums_, tiles_.cuts.pieces.slots, args_.losses, args_.output, AnyVector{});
+    if (grad_hidden_.data != args_.grad_hidden.data) convert_matrix(args_.device, grad_hidden_, args_.grad_hidden);
   }
 
  private:
@@ -208,10 +176,11 @@ class Backward {
 
   void chunk(const Cublas& blas, const TilePlace& place) {
     if (sums_)
-      accumulate_tile<W, Real>(args_.device, args_.loss.kind, tiles_.problem, place, tiles_.cuts.pieces, tiles_.targets,
-                               tiles_.z, sums_);
-    GradientTask<W, Real> task{tiles_.targets,         gradients_, tiles_.z, g_, nullptr, largest_, 0, args_.filtered,
-                               tiles_.report().refused};
+      accumulate_tile<W, Real>(args_.device, args_.loss.kind, tiles_.problem, place, tiles_.cuts.pieces,
+                               tiles_.batch.targets, tiles_.z, sums_);
+    GradientTask<W, Real> task{
+        tiles_.batch.targets,         gradients_, tiles_.z, g_, nullptr, largest_, 0, args_.filtered,
+        tiles_.batch.report().refused};
     if (args_.loss.kind == Loss::softmax) task.filter_eps = static_cast<float>(args_.filter_eps);
     if (column_sums_)
       task.column_sums = column_sums_ + place.row / tiles_.cuts.chunk * blocks_of_chunk() * tiles_.cuts.stride;
@@ -251,36 +220,24 @@ class Backward {
 
   void finish_tile(const TilePlace& place) {
     const i64 d = args_.layer.weight.cols;
-    const std::int32_t* refused = tiles_.report().refused;
+    const std::int32_t* refused = tiles_.batch.report().refused;
     if (args_.update)
-      launch_update(args_.device, *args_.update, writable_weight(),
+      launch_update(args_.device, *args_.update, writable(args_.layer.weight),
                     {grad_weight_, tiles_.real_dtype(), place.count, d, place.first}, step_, refused);
     if (grad_weight_ && args_.grad_weight)
-      convert_rows(args_.device, {grad_weight_, tiles_.real_dtype(), place.count, d, d},
-                   rows_of(args_.grad_weight, place.first, place.count));
+      convert_matrix(args_.device, {grad_weight_, tiles_.real_dtype(), place.count, d, d},
+                     rows_of(args_.grad_weight, place.first, place.count));
     if (!want_bias_) return;
     sum_columns(args_.device, column_sums_, row_blocks(), tiles_.cuts.stride, place.count, grad_bias_);
     if (args_.update && args_.layer.bias)
-      launch_update_bias(args_.device, *args_.update, writable_bias(),
+      launch_update_bias(args_.device, *args_.update, writable(args_.layer.bias),
                          {grad_bias_, tiles_.real_dtype(), place.count, 1, place.first}, step_, refused);
     if (args_.grad_bias) {
       const AnyVector& out = args_.grad_bias;
-      convert_rows(
+      convert_matrix(
           args_.device, {grad_bias_, tiles_.real_dtype(), 1, place.count, place.count},
           {static_cast<char*>(out.data) + place.first * size_of(out.dtype), out.dtype, 1, place.count, place.count});
     }
-  }
-
-  AnyMatrix writable_weight() const {
-    const ConstAnyMatrix& w = args_.layer.weight;
-    return {const_cast<void*>(w.data), w.dtype, w.rows, w.cols, w.stride};
-  }
-  AnyVector writable_bias() const {
-    const ConstAnyVector& b = args_.layer.bias;
-    return {const_cast<void*>(b.data), b.dtype, b.size};
-  }
-  static AnyMatrix rows_of(const AnyMatrix& m, i64 first, i64 count) {
-    return {static_cast<char*>(m.data) + first * m.stride * size_of(m.dtype), m.dtype, count, m.cols, m.stride};
   }
 
   const DenseBackward& args_;
@@ -310,38 +267,36 @@ void with_types(const DenseLayer& layer, F f) {
 void dense_forward(const DenseForward& args) {
   if (args.layer.hidden.rows == 0) return;
   const DeviceGuard guard(args.device);
-  with_types(args.layer, [&]<class W, class Real>(W, Real) {
-    Scratch scratch(args.device);
-    Forward<W, Real>(args, scratch).run();
-  });
+  Scratch scratch(args.device);
+  if (fused_fits(args.layer, args.target, args.loss, nullptr, args.device)) return fused_forward(args, scratch);
+  with_types(args.layer, [&]<class W, class Real>(W, Real) { Forward<W, Real>(args, scratch).run(); });
 }
 
 void dense_backward(const DenseBackward& args) {
   const DeviceGuard guard(args.device);
-  with_types(args.layer, [&]<class W, class Real>(W, Real) {
-    Scratch scratch(args.device);
-    Backward<W, Real>(args, scratch).run();
-  });
+  Scratch scratch(args.device);
+  if (fused_fits(args.layer, args.target, args.loss, args.update, args.device)) return fused_backward(args, scratch);
+  with_types(args.layer, [&]<class W, class Real>(W, Real) { Backward<W, Real>(args, scratch).run(); });
 }
 
 std::int64_t scratch_bytes(const DenseForward& args) {
-  i64 bytes = 0;
-  with_types(args.layer, [&]<class W, class Real>(W, Real) {
-    Scratch scratch;
-    Forward<W, Real>(args, scratch);
-    bytes = scratch.used();
-  });
-  return bytes;
+  Scratch scratch;
+  if (fused_fits(args.layer, args.target, args.loss, nullptr, args.device)) {
+    fused_forward(args, scratch);
+  } else {
+    with_types(args.layer, [&]<class W, class Real>(W, Real) { Forward<W, Real>(args, scratch); });
+  }
+  return scratch.used();
 }
 
 std::int64_t scratch_bytes(const DenseBackward& args) {
-  i64 bytes = 0;
-  with_types(args.layer, [&]<class W, class Real>(W, Real) {
-    Scratch scratch;
-    Backward<W, Real>(args, scratch);
-    bytes = scratch.used();
-  });
-  return bytes;
+  Scratch scratch;
+  if (fused_fits(args.layer, args.target, args.loss, args.update, args.device)) {
+    fused_backward(args, scratch);
+  } else {
+    with_types(args.layer, [&]<class W, class Real>(W, Real) { Backward<W, Real>(args, scratch); });
+  }
+  return scratch.used();
 }
 
 }  // namespace widehead::cuda

@@ -31,8 +31,7 @@ struct RowSums {
 // Layer and loss as kernels take them.
 template <class Real>
 struct Problem {
-  const void* bias;
-  Dtype bias_dtype;
+  ConstAnyVector bias;
   const float* offset;
   const float* class_weight;
   Real softcap, smoothing;
@@ -40,8 +39,7 @@ struct Problem {
   const float* values;
 
   Problem(const DenseLayer& layer, const Labels& target, const LossOptions& loss)
-      : bias(layer.bias.data),
-        bias_dtype(layer.bias.dtype),
+      : bias(layer.bias),
         offset(layer.offset),
         class_weight(loss.class_weight),
         softcap(static_cast<Real>(loss.softcap)),

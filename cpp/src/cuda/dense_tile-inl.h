@@ -52,10 +52,20 @@ __device__ inline Real weight_of(const Problem<Real>& p, i64 c) {
   return p.class_weight ? static_cast<Real>(p.class_weight[c]) : Real{1};
 }
 
-// The logit from the product, without the offset.
+// The bias of classes [c, c + 4), as far as `left` goes.
 template <class Real>
-__device__ inline Real own_logit(const Problem<Real>& p, Real product, i64 c) {
-  return capped(p.bias ? product + bias_at<Real>(p.bias, p.bias_dtype, c) : product, p.softcap);
+__device__ inline void load_bias(const Problem<Real>& p, i64 c, i64 left, Real (&b)[kVector]) {
+  const Real* at = static_cast<const Real*>(p.bias.data) + c;
+  if (p.bias.data && p.bias.dtype == DtypeOf<Real>::value && left >= kVector &&
+      reinterpret_cast<std::uintptr_t>(at) % 16 == 0)
+    return load4(at, b);
+  for (int i = 0; i < kVector; ++i) b[i] = i < left ? bias_at<Real>(p.bias, c + i) : Real{0};
+}
+
+// The logit without the offset.
+template <class Real>
+__device__ inline Real own_logit(const Problem<Real>& p, Real product, Real bias) {
+  return capped(product + bias, p.softcap);
 }
 
 template <class Real>
@@ -67,8 +77,8 @@ __device__ inline bool is_target(const Problem<Real>& p, const RowTargets& row, 
 
 // Offsets act on all but the example's own targets; only sampled softmax has them, over few classes.
 template <class Real>
-__device__ inline Real logit_of(const Problem<Real>& p, const RowTargets& row, Real product, i64 c) {
-  const Real own = own_logit(p, product, c);
+__device__ inline Real logit_of(const Problem<Real>& p, const RowTargets& row, Real product, Real bias, i64 c) {
+  const Real own = own_logit(p, product, bias);
   if (!p.offset || is_target(p, row, c)) return own;
   return own + static_cast<Real>(p.offset[c]);
 }
@@ -105,14 +115,15 @@ __global__ void __launch_bounds__(256) accumulate_kernel(Problem<Real> p, TilePl
     LogSum<Real> part = empty_sum<Real>();
     Real aux = 0;
     for (i64 c = begin + lane * kVector; c < end; c += 32 * kVector) {
-      Real x[kVector];
+      Real x[kVector], bias[kVector];
       bool there[kVector];
       load4(zr + c, x);
+      load_bias(p, t.first + c, end - c, bias);
       for (int i = 0; i < kVector; ++i) {
         there[i] = c + i < end;
         if (!there[i]) continue;
         const i64 cls = t.first + c + i;
-        x[i] = logit_of(p, row, x[i], cls);
+        x[i] = logit_of(p, row, x[i], bias[i], cls);
         if (kLoss != Loss::softmax) aux += class_loss<kLoss>(x[i]) * weight_of(p, cls);
         if (kLoss == Loss::softmax && p.smoothing > 0) aux += x[i] * weight_of(p, cls);
       }
@@ -122,7 +133,7 @@ __global__ void __launch_bounds__(256) accumulate_kernel(Problem<Real> p, TilePl
     for (i64 j = row.begin + lane; j < row.end; j += 32) {
       const i64 c = p.indices[j] - t.first;
       if (c < begin || c >= end) continue;
-      const auto logit = static_cast<double>(own_logit(p, zr[c], p.indices[j]));
+      const auto logit = static_cast<double>(own_logit(p, zr[c], bias_at<Real>(p.bias, p.indices[j])));
       const double y = p.values ? static_cast<double>(p.values[j]) : 1.0;
       output += y * logit;
       adjust += target_loss<kLoss>(logit, y, static_cast<double>(weight_of(p, p.indices[j])));
@@ -180,8 +191,8 @@ __device__ inline Real value_of(const Problem<Real>& p, const RowTargets& row, i
 
 template <class W, Loss kLoss, class Real>
 __device__ inline Real gradient_at(const Problem<Real>& p, const RowTargets* row, const RowGradient<Real>& in,
-                                   Real product, i64 c, bool target) {
-  const Real own = own_logit(p, product, c);
+                                   Real product, Real bias, i64 c, bool target) {
+  const Real own = own_logit(p, product, bias);
   const Real z = p.offset && !target ? own + static_cast<Real>(p.offset[c]) : own;
   const Real w = p.class_weight && (kLoss != Loss::softmax || target || p.smoothing > 0) ? weight_of(p, c) : Real{1};
   const Real prob = kLoss == Loss::softmax ? exp_for<W>(z - in.lse) : Real{0};
@@ -205,7 +216,8 @@ __global__ void __launch_bounds__(kPatchThreads)
     const RowTargets* rows = task.rows + t.row + r0;
     __syncthreads();  // the last patch's mask is still being read
     mark_targets(mask, p, rows, patch_rows, t.first + c0);
-    Real sums[kVector] = {};
+    Real sums[kVector] = {}, bias[kVector] = {};
+    if (left > 0) load_bias(p, t.first + mine, left, bias);
     bool keep = !(task.filter_eps > 0);
     for (i64 r = 0; r < patch_rows && left > 0; ++r) {
       const RowGradient<Real> in = task.gradients[t.row + r0 + r];
@@ -214,11 +226,10 @@ __global__ void __launch_bounds__(kPatchThreads)
       load4(task.z + (r0 + r) * t.stride + mine, x);
       for (int i = 0; i < kVector; ++i) {
         if (i >= left) continue;
-        x[i] = refused ? Real{0}
-                       : gradient_at<W, kLoss>(p, rows + r, in, x[i], t.first + mine + i, ((targets >> i) & 1u) != 0);
+        const bool target = ((targets >> i) & 1u) != 0;
+        x[i] = refused ? Real{0} : gradient_at<W, kLoss>(p, rows + r, in, x[i], bias[i], t.first + mine + i, target);
         sums[i] += x[i];
-        const Real size = x[i] < 0 ? -x[i] : x[i];
-        keep = keep || !(size < bound);
+        keep = keep || !((x[i] < 0 ? -x[i] : x[i]) < bound);
       }
       store4(task.g + (r0 + r) * t.stride + mine, x);
     }

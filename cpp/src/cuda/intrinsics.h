@@ -11,6 +11,14 @@
 
 #include "widehead/view.h"
 
+// Before compute capability 8.0 there are neither these products nor these copies; no kernel that has them is launched
+// there (fused_fits), but every kernel is compiled for every architecture.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+#define WIDEHEAD_SINCE_SM80(...) __trap()
+#else
+#define WIDEHEAD_SINCE_SM80(...) asm volatile(__VA_ARGS__)
+#endif
+
 namespace widehead::cuda {
 
 __device__ inline unsigned char* dynamic_shared() {
@@ -62,15 +70,15 @@ __device__ inline std::uint32_t pack2(float low, float high) {
 template <class T>
 __device__ inline void mma(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]) {
   if constexpr (std::is_same_v<T, bf16>) {
-    asm volatile(
+    WIDEHEAD_SINCE_SM80(
         "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
   } else {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+    WIDEHEAD_SINCE_SM80(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};" : "+"
+                                                                                                                    "f"(d[0]),
+        "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
   }
 }
 
@@ -94,12 +102,14 @@ __device__ inline void ldmatrix4(std::uint32_t (&r)[4], const void* row) {
 // 16 bytes to shared memory without passing through registers; what lies past `valid` bytes becomes zero.
 __device__ inline void copy_async16(void* shared, const void* global, int valid = 16) {
   const auto at = static_cast<unsigned>(__cvta_generic_to_shared(shared));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(at), "l"(global), "r"(valid) : "memory");
+  WIDEHEAD_SINCE_SM80("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(at), "l"(global), "r"(valid) : "memory");
 }
-__device__ inline void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+__device__ inline void copy_commit() { WIDEHEAD_SINCE_SM80("cp.async.commit_group;" :: : "memory"); }
 template <int kPending>
 __device__ inline void copy_wait() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+  WIDEHEAD_SINCE_SM80("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
 }  // namespace widehead::cuda
+
+#undef WIDEHEAD_SINCE_SM80

@@ -78,6 +78,8 @@ class Scratch {
     return reinterpret_cast<T*>(base_ + at);
   }
   i64 used() const { return used_; }
+  // False where it only counts.
+  bool real() const { return real_; }
 
  private:
   char* base_ = nullptr;

@@ -4,16 +4,13 @@
 
 #include <type_traits>
 
-#include "cuda/intrinsics.h"
+#include "cuda/convert.h"
 #include "cuda/launch.h"
 #include "update_math.h"
 #include "widehead/random.h"
 #include "widehead/update.h"
 
 namespace widehead::cuda {
-
-template <class W>
-using RealOf = std::conditional_t<std::is_same_v<W, double>, double, float>;
 
 __device__ inline int up_to8(i64 n) { return n < 8 ? static_cast<int>(n) : 8; }
 
