@@ -15,7 +15,6 @@ import torch
 from torch.utils.dlpack import to_dlpack
 
 from devices import aligned, claim_cuda, no_cuda
-from widehead import _core
 from widehead.torch import Head, _device
 
 
