@@ -162,6 +162,10 @@ class Head:
         parameters: dict[str, NDArray] = {name: tensors.pop(name) for name in ("weight", "bias") if name in tensors}
         moments = {name: tensors.pop(name) for name in list(tensors) if name.startswith(_OPTIMIZER)}
         config = dict(file.config)
+        if config.get("dtype") == "float16":
+            raise DtypeError(
+                "weight: float16 is for GPUs; in PyTorch convert the head, head.to(torch.float32), and save it again"
+            )
         head._configure(config.pop("in_features"), config.pop("n_classes"), **head._options_from_file(config, tensors))
         for name, like in head.state_dict().items():
             array = parameters.pop(name)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -56,8 +58,33 @@ def _leave_settings() -> Iterator[None]:
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest) -> str:
-    """Runs the test on the CPU and, where there is one, on a GPU; skipped by name otherwise."""
-    if request.param == "cuda" and (reason := no_cuda()):
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Runs the test on the CPU and, where there is one, on a GPU; skipped by name otherwise.
+
+    Modules test_torch_* get the device of their tensors: where the backend is emulated "cpu" (see torch_devices.py).
+    """
+    if request.param == "cpu":
+        yield "cpu"
+        return
+    if reason := no_cuda():
         pytest.skip(reason)
-    return request.param
+    if not request.module.__name__.startswith("test_torch"):
+        yield "cuda"
+        return
+    import torch_devices
+
+    if _core.cuda_emulated:
+        torch_devices.emulate(monkeypatch)
+    yield "cpu" if _core.cuda_emulated else "cuda"
+    torch_devices.read_faults()
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Says how many tests wanted a GPU and had none."""
+    reasons = Counter(
+        report.longrepr[2].removeprefix("Skipped: ")
+        for report in terminalreporter.stats.get("skipped", ())
+        if "gpu" in report.keywords
+    )
+    for reason, count in reasons.items():
+        terminalreporter.write_line(f"{count} GPU tests skipped: {reason}")

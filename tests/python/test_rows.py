@@ -9,7 +9,7 @@ import pytest
 
 import reference
 from dense_cases import exact, stored, strided
-from devices import call
+from devices import call, only_gpu
 from reference import bf16_stochastic, f16_stochastic, random_blocks, rounding_bits, within
 from test_update import NUMBERS, OPTIMIZERS, expected, step_arguments, zero_state
 from widehead import LabelError, NonFiniteError, _core
@@ -58,7 +58,7 @@ def test_gather_rows(cols: int, device: str) -> None:
             assert np.array_equal(out, weight[rows])
 
 
-@pytest.mark.parametrize("device", ["cuda"], indirect=True)
+@only_gpu
 def test_gathered_padding_is_zero(device: str) -> None:
     weight, rows = np.ones((5, 6), np.float32), np.array([4, -1, 0, -1])
     out = np.full((4, 6), 7, np.float32)
@@ -181,7 +181,7 @@ def problem(dtype: str = "float32") -> dict[str, Any]:
         (NonFiniteError, "grad_bias: expected finite numbers, got NaN or infinity in row 1", "grad_bias", 1, np.nan),
     ],
 )
-@pytest.mark.parametrize("device", ["cuda"], indirect=True)
+@only_gpu
 def test_a_bad_value_leaves_everything(
     error: type[Exception], message: str, name: str, at: Any, value: float, device: str
 ) -> None:
@@ -195,7 +195,7 @@ def test_a_bad_value_leaves_everything(
     assert all(np.array_equal(arguments[key], old) for key, old in zip(("weight", "bias"), before, strict=True))
 
 
-@pytest.mark.parametrize("device", ["cuda"], indirect=True)
+@only_gpu
 def test_a_refused_step_changes_nothing(device: str) -> None:
     for name in OPTIMIZERS:
         arguments = problem()
@@ -208,7 +208,7 @@ def test_a_refused_step_changes_nothing(device: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("device", ["cuda"], indirect=True)
+@only_gpu
 def test_numbers_on_the_device_are_those_of_the_host(dtype: str, device: str) -> None:
     """device_lr and device_step, the steps done so far, in the place of lr and step."""
     lr = float(np.float32(NUMBERS["lr"]))
@@ -233,7 +233,7 @@ def test_numbers_on_the_device_are_those_of_the_host(dtype: str, device: str) ->
 
 @pytest.mark.parametrize("proposal", ["uniform", "log_uniform", "alias"])
 @pytest.mark.parametrize("n_classes", [1, 50, 1_000_003])
-@pytest.mark.parametrize("device", ["cuda"], indirect=True)
+@only_gpu
 def test_draws_are_those_of_the_cpu(proposal: str, n_classes: int, device: str) -> None:
     table: dict[str, Any] = {}
     if proposal == "alias":

@@ -13,7 +13,6 @@ from torch.library import opcheck  # noqa: E402
 
 from test_torch_dense import B, D, assert_near, d, make_batch, make_head, make_labels  # noqa: E402
 from test_torch_optim import Net, snapshot, unchanged  # noqa: E402
-from torch_devices import device  # noqa: E402, F401
 from widehead import Error  # noqa: E402
 from widehead.torch import DenseHead, FusedAdam, FusedSGD, _sampled, ops  # noqa: E402
 

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint  # noqa: E402
 
 from test_torch_dense import B, D, assert_near, d, make_batch, make_head, make_labels  # noqa: E402
 from test_torch_optim import Net, snapshot, unchanged  # noqa: E402
-from torch_devices import device  # noqa: E402, F401
+from torch_devices import is_gpu  # noqa: E402
 from widehead import BackendError, DtypeError, FileError, ShapeError, _core  # noqa: E402
 from widehead import numpy as whnp  # noqa: E402
 from widehead.torch import DenseHead, FusedAdam, FusedSGD  # noqa: E402
@@ -104,8 +104,9 @@ def test_from_and_to_linear_share(device: str) -> None:
     assert DenseHead.from_linear(nn.Linear(d, D, bias=False)).to_linear().bias is None
     with pytest.raises(ShapeError, match="linear"):
         DenseHead.from_linear(nn.Bilinear(2, 2, 2))
-    with pytest.raises(DtypeError, match="float16"):
-        DenseHead.from_linear(nn.Linear(d, D, dtype=torch.float16))
+    if not is_gpu("cpu"):
+        with pytest.raises(DtypeError, match="float16"):
+            DenseHead.from_linear(nn.Linear(d, D, dtype=torch.float16))
 
 
 def test_seeds(device: str) -> None:
@@ -174,7 +175,9 @@ def test_files_are_shared_with_numpy(dtype: str, options: dict[str, Any], tmp_pa
     back = DenseHead.load(tmp_path / "theirs.safetensors", device=device)
     assert same_parameters(ours, back) and repr(ours) == repr(back) and back.seed == 4
     assert back.weight.requires_grad and back.weight.dtype == ours.weight.dtype
-    np.testing.assert_array_equal(theirs.scores(array), ours.scores(hidden.to(device)).cpu().numpy())
+    # The CPU gives NumPy the same bits; a GPU adds up in another order.
+    slack = {"rtol": 1e-11 if dtype == "float64" else 1e-4, "atol": 1e-6} if is_gpu(device) else {"rtol": 0, "atol": 0}
+    np.testing.assert_allclose(theirs.scores(array), ours.scores(hidden.to(device)).cpu().numpy(), **slack)
     target = np.arange(B)
     want = theirs.forward(array, target).loss
     got = back.eval()(hidden.to(device), torch.from_numpy(target).to(device)).loss

@@ -15,7 +15,6 @@ import torch
 from torch.utils.dlpack import to_dlpack
 
 from devices import aligned, claim_cuda, no_cuda
-from widehead import _core
 from widehead.torch import Head, _device
 
 
@@ -28,17 +27,8 @@ def emulate(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_device, "_find_cublas", lambda: None)
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Where torch keeps the test's tensors. No fault is left unread."""
-    if request.param == "cpu":
-        yield "cpu"
-        return
-    if reason := no_cuda():
-        pytest.skip(reason)
-    if _core.cuda_emulated:
-        emulate(monkeypatch)
-    yield "cpu" if _core.cuda_emulated else "cuda"
+def read_faults() -> None:
+    """Raises what a test has left on the device."""
     for faults in _device._faults.values():
         faults.take()
 

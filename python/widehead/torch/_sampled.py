@@ -236,7 +236,6 @@ def _scatter(grad: Tensor, rows: Tensor, count: Tensor, shape: torch.Size, spars
     On a GPU padding becomes repeats of the first row with a gradient of zero: an optimiser that moves the rows of a
     sparse gradient moves no others.
     """
-    n = int(count)
     if on_gpu(grad):
         padding = rows < 0
         grad = grad.masked_fill(padding if grad.dim() == 1 else padding[:, None], 0)
@@ -244,7 +243,8 @@ def _scatter(grad: Tensor, rows: Tensor, count: Tensor, shape: torch.Size, spars
     if not sparse:
         # Padding has a gradient of zero, wherever it goes.
         return grad.new_zeros(shape).index_add(0, rows.clamp(min=0), grad)
-    where, distinct = rows[:n].unsqueeze(0), not on_gpu(grad)
+    n, distinct = int(count), not on_gpu(grad)
+    where = rows[:n].unsqueeze(0)
     return torch.sparse_coo_tensor(where, grad[:n], shape, is_coalesced=distinct, check_invariants=False)
 
 
