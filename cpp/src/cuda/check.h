@@ -10,6 +10,10 @@ namespace widehead::cuda {
 
 inline void check(cudaError_t status, const char* call) {
   if (status == cudaSuccess) return;
+  if (status == cudaErrorNoKernelImageForDevice)
+    throw BackendError(
+        "this build of widehead has no code for this GPU; rebuild with its compute capability in CUDAARCHS, e.g. "
+        "CUDAARCHS=80-real for 8.0, or CUDAARCHS=release for all");
   throw BackendError(std::string(call) + ": " + cudaGetErrorString(status));
 }
 
