@@ -247,7 +247,7 @@ def test_work_goes_to_the_current_stream(loss: str) -> None:
     assert torch.equal(heads[1].weight, heads[0].weight) and not unchanged(heads[1], before)
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device, expected two")
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices")
 @LOSSES
 def test_a_device_that_is_not_the_current_one(loss: str) -> None:
     results = []
