@@ -10,6 +10,10 @@
 #include <memory>
 #include <vector>
 
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
+
 #if !defined(__x86_64__)
 #error "the emulation switches stacks by hand and knows x86-64 only"
 #endif
@@ -114,6 +118,10 @@ void fiber_main() {
 }
 
 void prepare(Fiber& f) {
+#if defined(__SANITIZE_ADDRESS__)
+  // The fiber that had this stack never returned from its first function.
+  __asan_unpoison_memory_region(f.stack.get(), kStack);
+#endif
   auto top = reinterpret_cast<std::uintptr_t>(f.stack.get() + kStack) & ~std::uintptr_t{15};
   auto** sp = reinterpret_cast<void**>(top);
   *--sp = nullptr;  // a return address that is never used keeps the stack aligned as after a call

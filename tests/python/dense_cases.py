@@ -69,8 +69,8 @@ class Case:
 
     def reference(self) -> Dense:
         hidden = exact(self.hidden)
-        if self.dtype == "bfloat16":  # the core multiplies bfloat16 by bfloat16
-            hidden = exact(to_bfloat16(hidden.astype(np.float32)))
+        if self.dtype in ("bfloat16", "float16"):  # the core multiplies numbers of the weights' type
+            hidden = exact(stored(hidden.astype(np.float32), self.dtype))
         options = {key: value for key, value in self.options.items() if key != "ignore_index"}
         bias = None if self.bias is None else exact(self.bias)
         return Dense(hidden, exact(self.weight), bias, self.targets(), offset=self.offset, dtype=self.dtype, **options)

@@ -180,74 +180,11 @@ def test_same_bits_for_any_number_of_threads(isa: str) -> None:
                 assert value is other[key] is None or np.array_equal(value, other[key]), (shape, dtype, key)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_logits_and_scores(isa: str, dtype: str) -> None:
-    rng = np.random.default_rng(2)
-    for i, shape in enumerate(some_shapes(20, seed=11)):
-        case = make(shape, seed=i, dtype=dtype, bias=i % 2 > 0, pad=i % 3, softcap=(0.0, 2.0)[i % 2])
-        ref = case.reference()
-        layer = {"hidden": case.hidden, "weight": case.weight, "bias": case.bias, "softcap": case.options["softcap"]}
-        logits = np.full(shape[:2], 7, case.real)
-        _core.dense_logits(**layer, logits=logits)
-        within(logits, ref.z, ref.z_error, "logits")
-        classes = rng.integers(0, shape[1], (shape[0], 5))
-        scores = np.full((shape[0], 5), 7, case.real)
-        _core.dense_scores(**layer, classes=classes, scores=scores)
-        at = np.arange(shape[0])[:, None], classes
-        within(scores, ref.z[at], ref.z_error[at], "scores")
-
-
-def topk(case: Case, k: int, exclude: list[list[int]] | None = None, lse: np.ndarray | None = None) -> tuple:
-    batch = len(case.hidden)
-    scores, classes = np.full((batch, k), 7, case.real), np.full((batch, k), 7, np.int64)
-    more = {}
-    if exclude is not None:
-        more["exclude_indptr"] = np.cumsum([0] + [len(row) for row in exclude]).astype(np.int64)
-        more["exclude_indices"] = np.array([c for row in exclude for c in row], np.int64)
-    layer = {"hidden": case.hidden, "weight": case.weight, "bias": case.bias}
-    _core.dense_topk(**layer, k=k, scores=scores, classes=classes, lse=lse, **more)
-    return scores, classes
-
-
-def test_topk_equals_sorting_the_logits(isa: str) -> None:
-    """Logits of small integers are exact, so ties are real; they go to the lower class."""
-    rng = np.random.default_rng(4)
-    for i, shape in enumerate(some_shapes(30, seed=13)):
-        batch, n, d = shape
-        for dtype in DTYPES:
-            case = make(shape, dtype=dtype, bias=False)
-            hidden, weight = rng.integers(-2, 3, (batch, d)), rng.integers(-2, 3, (n, d))
-            keep = (
-                (lambda x: (x.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16))
-                if dtype == "bfloat16"
-                else None
-            )
-            case.hidden, case.weight = (keep(x) if keep else x.astype(dtype) for x in (hidden, weight))
-            z = (hidden @ weight.T).astype(float)
-            exclude = None
-            if i % 2:
-                exclude = [list(rng.integers(0, n, rng.integers(0, 6))) for _ in range(batch)]
-                for b, row in enumerate(exclude):
-                    z[b, row] = -np.inf
-            for k in (1, 2, 5, 17):
-                scores, classes = topk(case, k, exclude)
-                order = np.argsort(-z, axis=1, kind="stable")[:, :k]
-                best = np.take_along_axis(z, order, 1)
-                order = np.where(np.isfinite(best), order, -1)
-                missing = ((0, 0), (0, k - order.shape[1]))
-                assert np.array_equal(classes, np.pad(order, missing, constant_values=-1))
-                assert np.array_equal(scores, np.pad(best, missing, constant_values=-np.inf))
-
-
-def test_topk_normaliser(isa: str) -> None:
-    case = make((33, 1000, 64))
-    ref, lse = case.reference(), np.empty(33, np.float32)
-    topk(case, 3, exclude=[[1, 2]] * 33, lse=lse)
-    within(lse, ref.lse, ref.lse_error, "lse")
-
-
-def test_filter_error_is_below_its_bound(unit: str) -> None:
-    case = make((64, 1000, 64), device=unit)
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [((64, 1000, 64), "float32"), ((200, 1000, 64), "bfloat16"), ((200, 1000, 264), "bfloat16")]
+)
+def test_filter_error_is_below_its_bound(unit: str, shape: tuple[int, int, int], dtype: str) -> None:
+    case = make(shape, dtype=dtype, device=unit)
     # Classes of falling frequency: the tail is where tiles are skipped.
     case.bias[:] = np.linspace(0, -20, 1000)
     case.target["indices"] %= 300
@@ -260,13 +197,21 @@ def test_filter_error_is_below_its_bound(unit: str) -> None:
     assert tiles > 0
     limit = eps * scale.max()
     skipped = np.where(np.abs(ref.dz) < limit * 1.001, np.abs(ref.dz), 0.0)
-    bound = skipped @ np.abs(case.weight.astype(float)) + 2 * ref.hidden_error
-    error = np.abs(filtered_grad["grad_hidden"].astype(float) - exact_grad["grad_hidden"])
-    assert (error <= bound).all() and error.max() > 0
-    bound = skipped.T @ np.abs(case.hidden.astype(float)) + 2 * ref.weight_error
-    assert (np.abs(filtered_grad["grad_weight"].astype(float) - exact_grad["grad_weight"]) <= bound).all()
+    # What comes out in bfloat16 was rounded to it, both times.
+    coarse = UNIT["bfloat16"] if dtype == "bfloat16" else 0.0
+
+    def check_error(name: str, bound: np.ndarray) -> None:
+        error = np.abs(exact(filtered_grad[name]) - exact(exact_grad[name]))
+        assert (error <= bound + 2 * coarse * (np.abs(exact(exact_grad[name])) + bound)).all() and error.max() > 0
+
+    check_error("grad_hidden", skipped @ np.abs(exact(case.weight)) + 2 * ref.hidden_error)
+    check_error("grad_weight", skipped.T @ np.abs(exact(case.hidden)) + 2 * ref.weight_error)
     case.backward(scale, filter_eps=0.0)
     assert case.filtered == 0
-    # A filter below everything skips nothing and changes no bit.
+    # A filter below everything skips nothing; a GPU takes other products with it, but the same factors.
     same = case.backward(scale, filter_eps=1e-35)
-    assert case.filtered == 0 and all(np.array_equal(same[key], exact_grad[key]) for key in same)
+    assert case.filtered == 0
+    if unit == "cuda" and dtype == "bfloat16":
+        within(same["grad_weight"], exact_grad["grad_weight"].astype(float), 2 * ref.weight_error, "grad_weight")
+    else:
+        assert all(np.array_equal(same[key], exact_grad[key]) for key in same)

@@ -104,10 +104,10 @@ struct DenseTopK {
   std::int64_t k = 1;
   const std::int64_t* exclude_indptr = nullptr;   // [B + 1] or null: classes that must not appear, CSR; any numbers
   const std::int64_t* exclude_indices = nullptr;  // [nnz]
-  std::int64_t exclude_size = 0;      // nnz, which on a GPU the row pointers cannot tell; the CPU ignores it
-  AnyMatrix scores = {};              // [B, k] float32 | float64
-  Matrix<std::int64_t> classes = {};  // [B, k]
-  AnyVector lse = {};                 // [B] or empty: filled with the log-sum-exp of all logits
+  std::int64_t exclude_size = 0;                  // nnz; for a GPU, which checks the row pointers against it
+  AnyMatrix scores = {};                          // [B, k] float32 | float64
+  Matrix<std::int64_t> classes = {};              // [B, k]
+  AnyVector lse = {};                             // [B] or empty: filled with the log-sum-exp of all logits
   Device device = {};
 };
 void dense_topk(const DenseTopK& args);

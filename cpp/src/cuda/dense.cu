@@ -8,6 +8,7 @@
 #include "cuda/dense_batch.h"
 #include "cuda/dense_fused.h"
 #include "cuda/dense_tile.h"
+#include "cuda/filtered_product.h"
 #include "cuda/update.h"
 
 namespace widehead::cuda {
@@ -136,6 +137,8 @@ class Backward {
                (args.grad_weight.dtype == args.layer.weight.dtype && batch <= cuts.chunk)) &&
               batch > 0;
     if (want_weight_ && !direct_) grad_weight_ = scratch.take<Real>(cuts.tile * d);
+    filter_eps_ = args.loss.kind == Loss::softmax ? static_cast<float>(args.filter_eps) : 0.0f;
+    if (filter_eps_ > 0) flags_ = scratch.take<unsigned char>(blocks_of_chunk() * flag_stride());
     if (want_bias_) {
       column_sums_ = scratch.take<Real>(row_blocks() * cuts.stride);
       grad_bias_ = scratch.take<Real>(cuts.tile);
@@ -178,28 +181,54 @@ class Backward {
     if (sums_)
       accumulate_tile<W, Real>(args_.device, args_.loss.kind, tiles_.problem, place, tiles_.cuts.pieces,
                                tiles_.batch.targets, tiles_.z, sums_);
-    GradientTask<W, Real> task{
-        tiles_.batch.targets,         gradients_, tiles_.z, g_, nullptr, largest_, 0, args_.filtered,
-        tiles_.batch.report().refused};
-    if (args_.loss.kind == Loss::softmax) task.filter_eps = static_cast<float>(args_.filter_eps);
+    GradientTask<W, Real> task{tiles_.batch.targets,
+                               gradients_,
+                               tiles_.z,
+                               g_,
+                               nullptr,
+                               flags_,
+                               flag_stride(),
+                               largest_,
+                               filter_eps_,
+                               args_.filtered,
+                               tiles_.batch.report().refused};
     if (column_sums_)
       task.column_sums = column_sums_ + place.row / tiles_.cuts.chunk * blocks_of_chunk() * tiles_.cuts.stride;
     gradient_tile<W, Real>(args_.device, args_.loss.kind, tiles_.problem, place, task);
+    if (grad_hidden_) add_grad_hidden(blas, place);
+    if (want_weight_) add_grad_weight(blas, place);
+  }
+
+  void add_grad_hidden(const Cublas& blas, const TilePlace& place) {
     const i64 d = args_.layer.weight.cols;
-    const Dtype factors = args_.layer.weight.dtype;
-    const Operand g{g_, tiles_.cuts.stride};
-    if (grad_hidden_) {
-      auto* to = static_cast<Real*>(grad_hidden_.data) + place.row * grad_hidden_.stride;
-      multiply(blas, {place.rows, d, place.count, g, tiles_.weight(place.first, false), factors, to,
-                      grad_hidden_.stride, tiles_.real_dtype(), place.first > 0});
+    auto* to = static_cast<Real*>(grad_hidden_.data) + place.row * grad_hidden_.stride;
+    const Operand w = tiles_.weight(place.first, false);
+    if constexpr (sizeof(W) == 2) {
+      if (filters(w, place.rows))
+        return filtered_rows(args_.device, filtered(place), static_cast<const W*>(w.data), w.stride,
+                             static_cast<int>(d), to, grad_hidden_.stride, place.first > 0);
     }
-    if (!want_weight_) return;
+    multiply(blas, {place.rows,
+                    d,
+                    place.count,
+                    {g_, tiles_.cuts.stride},
+                    w,
+                    args_.layer.weight.dtype,
+                    to,
+                    grad_hidden_.stride,
+                    tiles_.real_dtype(),
+                    place.first > 0});
+  }
+
+  void add_grad_weight(const Cublas& blas, const TilePlace& place) {
+    const i64 d = args_.layer.weight.cols;
+    const Operand x = tiles_.hidden(place.row);
     Product p{place.count,
               d,
               place.rows,
               {g_, tiles_.cuts.stride, true},
-              tiles_.hidden(place.row),
-              factors,
+              x,
+              args_.layer.weight.dtype,
               grad_weight_,
               d,
               tiles_.real_dtype(),
@@ -210,8 +239,23 @@ class Backward {
       p.c_stride = out.stride;
       p.result = out.dtype;
     }
+    if constexpr (sizeof(W) == 2) {
+      if (p.result == Dtype::f32 && filters(x, place.count))
+        return filtered_columns(args_.device, filtered(place), static_cast<const W*>(x.data), x.stride,
+                                static_cast<int>(d), static_cast<float*>(p.c), p.c_stride, p.accumulate);
+    }
     multiply(blas, p);
   }
+
+  // Whether the product with this factor, of m rows, is to leave out what the filter has.
+  bool filters(const Operand& factor, i64 m) const {
+    return flags_ && filtered_product_fits(args_.device, args_.layer.weight.dtype, factor.data, factor.stride, m,
+                                           args_.layer.weight.cols);
+  }
+  FilteredTile<W> filtered(const TilePlace& place) const {
+    return {g_, tiles_.cuts.stride, place.rows, place.count, flags_, flag_stride()};
+  }
+  i64 flag_stride() const { return ceil_div(tiles_.cuts.stride, kFlagColumns); }
 
   void multiply(const Cublas& blas, Product p) const {
     p.tf32 = args_.layer.tf32;
@@ -248,6 +292,8 @@ class Backward {
   W* g_ = nullptr;
   AnyMatrix grad_hidden_;
   Real *grad_weight_ = nullptr, *column_sums_ = nullptr, *grad_bias_ = nullptr;
+  unsigned char* flags_ = nullptr;
+  float filter_eps_ = 0;
   StepScratch step_;
   bool want_weight_ = false, want_bias_ = false, direct_ = false;
 };

@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(FusedTile<W, kD>::kThreads, FusedTile<W, kD>::
   }
   const auto add = [&](Tile& tile, const W* stream, i64 first) {
 #pragma unroll 1
-    for (int step = 0; step < kStreamRows; step += kStep) {
+    for (int step = 0; step < kStreamRows && first + step < end; step += kStep) {
       typename Tile::Scores s;
       tile.score(stream, step, s);
       if (p.bias || first + step + kStep > end) {
@@ -166,7 +166,7 @@ __global__ void __launch_bounds__(FusedTile<W, kD>::kThreads, FusedTile<W, kD>::
   Tile tile;
   const auto add = [&](const W* stream, i64 first) {
 #pragma unroll 1
-    for (int step = 0; step < kStreamRows; step += kStep) {
+    for (int step = 0; step < kStreamRows && first + step < end; step += kStep) {
       typename Tile::Scores s;
       tile.score(stream, step, s);
       if (p.bias) {
@@ -271,9 +271,10 @@ __global__ void __launch_bounds__(FusedTile<W, kD>::kThreads, FusedTile<W, kD>::
   typename Tile::Sums sums = {};
   Tile tile;
   i64 skipped = 0;
-  const auto add = [&](const W* stream, const FusedRow* batch) {
+  const bool real_classes = first_class + Tile::own_row(0, 0) < p.classes;  // not all of the warp's are padding
+  const auto add = [&](const W* stream, const FusedRow* batch, i64 first) {
 #pragma unroll 1
-    for (int step = 0; step < kStreamRows; step += kStep) {
+    for (int step = 0; step < kStreamRows && first + step < p.batch; step += kStep) {
       typename Tile::Scores s;
       tile.score(stream, step, s);
 #pragma unroll
@@ -293,7 +294,7 @@ __global__ void __launch_bounds__(FusedTile<W, kD>::kThreads, FusedTile<W, kD>::
           }
         }
       if (bound > 0 && all_below(s, bound)) {
-        ++skipped;
+        skipped += real_classes;
         continue;
       }
       if (task.to.grad_bias) {
@@ -314,7 +315,7 @@ __global__ void __launch_bounds__(FusedTile<W, kD>::kThreads, FusedTile<W, kD>::
         for (int i = static_cast<int>(threadIdx.x); i < kStreamRows * 2; i += Tile::kThreads)
           copy_async16(to + i * 16, from + i * 16);
       },
-      [&](const W* stream, int stage, i64) { add(stream, examples[stage]); });
+      [&](const W* stream, int stage, i64 first) { add(stream, examples[stage], first); });
   if (filter.filtered && skipped > 0 && threadIdx.x % 32 == 0)
     atomicAdd(reinterpret_cast<unsigned long long*>(filter.filtered), static_cast<unsigned long long>(skipped));
 

@@ -6,6 +6,7 @@
 #pragma once
 #include "cuda/convert.h"
 #include "cuda/dense_tile.h"
+#include "cuda/filtered_product.h"
 #include "cuda/intrinsics.h"
 #include "cuda/loss_math.h"
 
@@ -165,6 +166,7 @@ __global__ void __launch_bounds__(256) accumulate_kernel(Problem<Real> p, TilePl
 
 constexpr int kPatchThreads = kPatchColumns / kVector;
 constexpr int kMaskWords = kPatchColumns / 32;
+static_assert(kFlagRows == kPatchRows && kFlagColumns == 32 * kVector, "a flag is a warp's part of a patch");
 
 // Bit c of mask[r]: class c of the patch is a target of its example r.
 template <class Real>
@@ -233,11 +235,17 @@ __global__ void __launch_bounds__(kPatchThreads)
       }
       store4(task.g + (r0 + r) * t.stride + mine, x);
     }
-    if (task.filter_eps > 0 && __syncthreads_or(keep) == 0) {
-      const Real zeros[kVector] = {};
-      for (i64 r = 0; r < patch_rows && left > 0; ++r) store4(task.g + (r0 + r) * t.stride + mine, zeros);
-      for (Real& s : sums) s = 0;
-      if (threadIdx.x == 0 && task.filtered) atomicAdd(reinterpret_cast<unsigned long long*>(task.filtered), 1ull);
+    if (task.filter_eps > 0) {
+      const bool kept = __any_sync(kAllLanes, keep) != 0;
+      if (!kept) {
+        const Real zeros[kVector] = {};
+        for (i64 r = 0; r < patch_rows && left > 0; ++r) store4(task.g + (r0 + r) * t.stride + mine, zeros);
+        for (Real& s : sums) s = 0;
+      }
+      if (threadIdx.x % 32 == 0 && left > 0) {
+        if (task.flags) task.flags[r0 / kFlagRows * task.flag_stride + mine / kFlagColumns] = kept;
+        if (!kept && task.filtered) atomicAdd(reinterpret_cast<unsigned long long*>(task.filtered), 1ull);
+      }
     }
     if (task.column_sums && left > 0)
       for (int i = 0; i < kVector; ++i) task.column_sums[r0 / kPatchRows * t.stride + mine + i] = sums[i];

@@ -22,7 +22,7 @@ template <class W, class Real>
 void accumulate_tile(const Device& device, Loss loss, const Problem<Real>& problem, const TilePlace& place,
                      const Pieces& pieces, const RowTargets* rows, const Real* z, RowSums<Real>* sums);
 
-// The gradient kernel's patch of a tile: what the gradient filter looks at as a whole.
+// A block's patch of a tile. The gradient filter looks at the 128 columns of a warp as a whole.
 constexpr int kPatchRows = 32, kPatchColumns = 512;
 
 template <class W, class Real>
@@ -32,13 +32,15 @@ struct GradientTask {
   const Real* z;
   W* g;
   Real* column_sums;     // [row blocks of the tile, stride] or null: sums of G over each patch's examples
+  unsigned char* flags;  // or null: see filtered_product.h
+  i64 flag_stride;
   const float* largest;  // of |grad_losses|, for the filter
   float filter_eps;      // 0: off
   i64* filtered;         // or null
   const std::int32_t* refused;
 };
 
-// G = dL/dZ in the weights' type; zeros where the call is refused or a patch is filtered out.
+// G = dL/dZ in the weights' type; zeros where the call is refused or a part is filtered out.
 template <class W, class Real>
 void gradient_tile(const Device& device, Loss loss, const Problem<Real>& problem, const TilePlace& place,
                    const GradientTask<W, Real>& task);

@@ -12,16 +12,14 @@ namespace widehead::cuda {
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
-// Rows of hidden that are converted stay in cache until they are read.
-constexpr i64 kConvertedBytes = i64{32} << 20;
 constexpr i64 kMostRows = i64{1} << 20, kMostClasses = i64{1} << 20;  // of one product: cuBLAS has 32-bit sizes
 
-// Rows of the batch that go through at a time.
-i64 rows_at_a_time(const DenseLayer& layer) {
+// Rows of the batch that go through at a time: what is converted stays in cache until it is read.
+i64 rows_at_a_time(const DenseLayer& layer, const Device& device) {
   const Dtype type = layer.weight.dtype;
-  const i64 fit = layer.hidden.dtype == type
-                      ? kMostRows
-                      : kConvertedBytes / (converted_stride(layer.hidden.cols, type) * size_of(type));
+  const i64 fit = layer.hidden.dtype == type ? kMostRows
+                                             : hardware(device.index).l2_bytes / 2 /
+                                                   (converted_stride(layer.hidden.cols, type) * size_of(type));
   return at_least(1, at_most(at_least(fit, 64), at_most(kMostRows, layer.hidden.rows)));
 }
 
@@ -87,9 +85,9 @@ bool aligned16(const void* data, i64 stride, Dtype type) {
 struct ScoresScratch {
   std::int32_t* refused;
   void* hidden;
-  ScoresScratch(const DenseLayer& layer, Scratch& scratch)
+  ScoresScratch(const DenseLayer& layer, const Device& device, Scratch& scratch)
       : refused(scratch.take<std::int32_t>(1)),
-        hidden(take_converted(scratch, layer.hidden, rows_at_a_time(layer), layer.weight.dtype)) {}
+        hidden(take_converted(scratch, layer.hidden, rows_at_a_time(layer, device), layer.weight.dtype)) {}
 };
 
 template <class W>
@@ -98,9 +96,9 @@ void scores_as(const DenseScores& args) {
   const DenseLayer& layer = args.layer;
   const Dtype type = layer.weight.dtype;
   Scratch memory(args.device);
-  const ScoresScratch scratch(layer, memory);
+  const ScoresScratch scratch(layer, args.device, memory);
   const Report report{args.device.faults, args.device.refused ? args.device.refused : scratch.refused};
-  const i64 each = rows_at_a_time(layer);
+  const i64 each = rows_at_a_time(layer, args.device);
   for (i64 first = 0; first < layer.hidden.rows; first += each) {
     const i64 rows = at_most(each, layer.hidden.rows - first);
     const Operand hidden = as_factor(args.device, layer.hidden, first, rows, type, scratch.hidden);
@@ -155,9 +153,9 @@ __global__ void __launch_bounds__(kThreads)
 
 struct LogitsScratch {
   void *cublas, *hidden;
-  LogitsScratch(const DenseLayer& layer, Scratch& scratch)
+  LogitsScratch(const DenseLayer& layer, const Device& device, Scratch& scratch)
       : cublas(scratch.take<char>(kCublasWorkspace)),
-        hidden(take_converted(scratch, layer.hidden, rows_at_a_time(layer), layer.weight.dtype)) {}
+        hidden(take_converted(scratch, layer.hidden, rows_at_a_time(layer, device), layer.weight.dtype)) {}
 };
 
 template <class Real>
@@ -183,9 +181,9 @@ void dense_logits(const DenseLogits& args) {
   const DeviceGuard guard(args.device);
   const Dtype type = layer.weight.dtype, result = args.logits.dtype;
   Scratch memory(args.device);
-  const LogitsScratch scratch(layer, memory);
+  const LogitsScratch scratch(layer, args.device, memory);
   const Cublas cublas(args.device, scratch.cublas);
-  const i64 each = rows_at_a_time(layer);
+  const i64 each = rows_at_a_time(layer, args.device);
   for (i64 first = 0; first < layer.hidden.rows; first += each) {
     const i64 rows = at_most(each, layer.hidden.rows - first);
     const Operand hidden = as_factor(args.device, layer.hidden, first, rows, type, scratch.hidden);
@@ -214,13 +212,13 @@ void dense_logits(const DenseLogits& args) {
 
 std::int64_t scratch_bytes(const DenseScores& args) {
   Scratch scratch;
-  ScoresScratch(args.layer, scratch);
+  ScoresScratch(args.layer, args.device, scratch);
   return scratch.used();
 }
 
 std::int64_t scratch_bytes(const DenseLogits& args) {
   Scratch scratch;
-  LogitsScratch(args.layer, scratch);
+  LogitsScratch(args.layer, args.device, scratch);
   return scratch.used();
 }
 

@@ -115,12 +115,12 @@ __global__ void __launch_bounds__(kThreads) join_slots(Selection<Real> a, i64 up
     keep_best_half(sorted, lists.room);
     waiting = 0;
   };
-  // All lists' first entries, then all second ones, and so on: when as many in a row as there are lists are not good
+  // All lists' first entries, then all second ones, and so on. A round sees at least one of each list: when none is good
   // enough, nothing behind them is.
   const int others = a.slots - 1, round = kThreads < lists.room ? kThreads : lists.room, n = others * lists.width;
   Entry<Real> last = sorted[lists.width - 1];
-  for (int begin = 0, in_vain = 0; begin < n && in_vain < others; begin += round) {
-    const int i = begin + thread, from = others > 0 ? item(1 + i % others) : 0, at = others > 0 ? i / others : 0;
+  for (int begin = 0; begin < n; begin += round) {
+    const int i = begin + thread, from = item(1 + i % others), at = i / others;
     Entry<Real> x = no_entry<Real>();
     if (thread < round && i < n && at < lists.states[from].filled)
       x = lists.best[static_cast<i64>(from) * lists.width + at];
@@ -132,8 +132,7 @@ __global__ void __launch_bounds__(kThreads) join_slots(Selection<Real> a, i64 up
       taken = better(x, last);
       found = __syncthreads_count(taken);
     }
-    in_vain = found > 0 ? 0 : in_vain + round;
-    if (found == 0) continue;
+    if (found == 0) break;
     const unsigned lanes = __ballot_sync(~0u, taken);
     int to = 0;
     if (lane == 0) to = atomicAdd(&next_free, __popc(lanes));
@@ -175,7 +174,8 @@ struct Plan {
     rows = at_least(rows, 1);
     const i64 fit = at_most(cells / rows, kMostColumns), grain = fit < 256 ? 64 : 256;
     tile = at_most(at_least(fit / grain * grain, 64), round_up(classes, 64));
-    slots = at_least(1, at_most(ceil_div(16 * card.processors, rows), tile / kStep<Real>));
+    // join_slots takes an entry of each list a round.
+    slots = at_least(1, at_most(at_most(ceil_div(16 * card.processors, rows), tile / kStep<Real>), kPart));
     piece = round_up(ceil_div(tile, slots), kPart);
     slots = ceil_div(tile, piece);
   }
