@@ -164,7 +164,7 @@ class Head:
         config = dict(file.config)
         if config.get("dtype") == "float16":
             raise DtypeError(
-                "weight: float16 is for GPUs; in PyTorch convert the head, head.to(torch.float32), and save it again"
+                "dtype: float16 is for GPUs; in PyTorch convert the head, head.to(torch.float32), and save it again"
             )
         head._configure(config.pop("in_features"), config.pop("n_classes"), **head._options_from_file(config, tensors))
         for name, like in head.state_dict().items():

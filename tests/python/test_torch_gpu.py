@@ -314,3 +314,65 @@ def test_float16_hidden_that_overflows_makes_weight_gradients_nan(device: str) -
     (head(hidden, target).loss * 2.0**40).backward()
     assert hidden.grad is not None and not bool(torch.isfinite(hidden.grad).all())
     assert bool(head.weight.grad.isnan().all()) and bool(head.bias.grad.isnan().all())
+
+
+class Reads:
+    """Fails a test in which Python reads a tensor of the device; `allowed` are those that lie on the host anyway."""
+
+    NAMES = ("item", "tolist", "numpy", "cpu", "nonzero", "unique", "__bool__", "__int__", "__float__", "__index__")
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.allowed: list[Tensor] = []
+        for name in self.NAMES:
+            monkeypatch.setattr(torch.Tensor, name, self._guard(name, getattr(torch.Tensor, name)))
+
+    def _guard(self, name: str, method: Any) -> Any:
+        def guarded(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+            known = [t.untyped_storage().data_ptr() for t in self.allowed]
+            if _device.on_gpu(tensor) and tensor.untyped_storage().data_ptr() not in known:
+                raise AssertionError(f"Tensor.{name} of {tensor.dtype} {list(tensor.shape)} waits for the device")
+            return method(tensor, *args, **kwargs)
+
+        return guarded
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("options", [{"label_smoothing": 0.1}, {"loss": "bce"}, SAMPLED], ids=str)
+@only_gpu
+def test_no_step_reads_the_device(
+    options: dict[str, Any], scaled: bool, half: bool, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What Python asks for; test_torch_cuda.py has torch itself look where there is a GPU."""
+    head = make_head(device, torch.float32, class_weight=True, **options)
+    scaler = torch.amp.GradScaler(device, init_scale=64.0) if scaled else None
+    optimizer = FusedAdam(head, lr=torch.tensor(0.1, device=device), grad_scaler=scaler)
+    hidden, target = make_batch(device, torch.float16 if half else torch.float32)
+    hidden.requires_grad_()
+    before = snapshot(head)
+    with monkeypatch.context() as patch:
+        reads = Reads(patch)
+        assert head._control is not None
+        faults = _device.faults_of(head.weight.device)
+        reads.allowed += [head._control, faults._seen]
+        choose = _sampled.sample_on_gpu
+
+        def remember(*args: Any) -> Any:
+            chosen = choose(*args)
+            reads.allowed.append(chosen[3])
+            return chosen
+
+        patch.setattr(_sampled, "sample_on_gpu", remember)
+        with pytest.raises(AssertionError, match="waits"):
+            float(hidden[1, 1])
+        for _ in range(2):
+            optimizer.zero_grad()
+            loss = head(hidden, target).loss
+            (loss if scaler is None else scaler.scale(loss)).backward()
+            if scaler is None:
+                optimizer.step()
+            else:
+                scaler.step(optimizer)
+                scaler.update()
+    assert not unchanged(head, before)
+    assert int(optimizer.state[head.weight]["step"]) == 2

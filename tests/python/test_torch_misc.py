@@ -25,7 +25,7 @@ from test_torch_optim import Net, snapshot, unchanged  # noqa: E402
 from torch_devices import is_gpu  # noqa: E402
 from widehead import BackendError, DtypeError, FileError, ShapeError, _core  # noqa: E402
 from widehead import numpy as whnp  # noqa: E402
-from widehead.torch import DenseHead, FusedAdam, FusedSGD  # noqa: E402
+from widehead.torch import DenseHead, FusedAdam, FusedSGD, _glue  # noqa: E402
 
 SAMPLED = {"loss": "sampled_softmax", "negatives": 5, "proposal": torch.linspace(1, 2, D)}
 
@@ -277,7 +277,8 @@ def test_dataloader_workers_that_are_forked() -> None:
         torch.set_num_threads(threads)
 
 
-def test_threads_follow_torch_and_change_no_bit(device: str) -> None:
+def test_threads_follow_torch_and_change_no_bit(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_glue, "_threads_seen", 0)  # the fixtures set the core's threads behind its back
     before = torch.get_num_threads()
     hidden, target = make_batch(device, torch.float32)
     hidden.requires_grad_()

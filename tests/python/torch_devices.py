@@ -15,6 +15,7 @@ import torch
 from torch.utils.dlpack import to_dlpack
 
 from devices import aligned, claim_cuda, no_cuda
+from widehead import _core
 from widehead.torch import Head, _device
 
 
@@ -45,4 +46,13 @@ def raises(head: Head, error: type[Exception], match: str | None = None) -> Iter
         head.check()
 
 
-real_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason=no_cuda() or "no CUDA device")
+def _no_real_gpu() -> str:
+    if reason := no_cuda():
+        return reason
+    if _core.cuda_emulated:
+        return "the CUDA backend is emulated, which has no streams, graphs or memory of its own"
+    return "" if torch.cuda.is_available() else "no CUDA device"
+
+
+# For modules that need the device itself.
+real_gpu = [pytest.mark.gpu, pytest.mark.skipif(bool(_no_real_gpu()), reason=_no_real_gpu())]

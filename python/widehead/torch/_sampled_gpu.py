@@ -15,7 +15,7 @@ from torch import Tensor
 from widehead import _core
 from widehead.sampling import IGNORED, Proposal
 
-from ._device import NUMBERS, capsule, faults_of, gpu_of
+from ._device import capsule, faults_of, gpu_of
 
 # A proposal's tables on each device that has asked for them.
 _tables: weakref.WeakKeyDictionary[Proposal, dict[torch.device, dict[str, Tensor]]] = weakref.WeakKeyDictionary()
@@ -43,11 +43,10 @@ def _log_probability(proposal: Proposal, classes: Tensor) -> Tensor:
 def _record_bad(bad: Tensor, any_bad: Tensor, indices: Tensor, n_classes: int) -> None:
     """The first label out of range goes to the device's record."""
     at = bad.to(torch.uint8).argmax().reshape(1)
-    record = torch.zeros(NUMBERS, dtype=torch.int64, device=indices.device)
-    record[0] = any_bad * _core.LABEL_RANGE
-    record[2:3] = at
-    record[3:4] = indices.gather(0, at)
-    record[4] = n_classes
+    kind = (any_bad * _core.LABEL_RANGE).reshape(1)
+    target = torch.zeros_like(kind)  # the argument at fault
+    limit = torch.full_like(kind, n_classes)
+    record = torch.cat([kind, target, at, indices.gather(0, at), limit])
     faults_of(indices.device).add(record, unless=0)
 
 
