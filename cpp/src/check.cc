@@ -35,7 +35,7 @@ void check_state(const char* name, const AnyMatrix& state, bool needed, Dtype dt
 
 string shape(const ConstAnyMatrix& m) { return "[" + to_string(m.rows) + ", " + to_string(m.cols) + "]"; }
 
-bool floating(Dtype t) { return t != Dtype::i32 && t != Dtype::i64; }
+bool floating(Dtype t) { return t != Dtype::i32 && t != Dtype::i64 && t != Dtype::u16; }
 
 Dtype real_of(Dtype weight) { return weight == Dtype::f64 ? Dtype::f64 : Dtype::f32; }
 

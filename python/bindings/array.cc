@@ -27,7 +27,7 @@ std::string dtype_name(nb::dlpack::dtype t) {
 
 std::string names_of(Dtypes set) {
   std::vector<const char*> names;
-  for (Dtype t : {Dtype::f32, Dtype::f64, Dtype::bf16, Dtype::f16, Dtype::i32, Dtype::i64})
+  for (Dtype t : {Dtype::f32, Dtype::f64, Dtype::bf16, Dtype::f16, Dtype::i32, Dtype::i64, Dtype::u16})
     if (set & one_of(t)) names.push_back(name_of(t));
   std::string text;
   for (std::size_t i = 0; i < names.size(); ++i) {
@@ -47,6 +47,8 @@ bool to_dtype(nb::dlpack::dtype t, Dtypes allowed, Dtype* out) {
     *out = Dtype::f64;
   else if (code == Code::Float && t.bits == 16)
     *out = Dtype::f16;
+  else if (t.bits == 16 && code == Code::UInt && (allowed & one_of(Dtype::u16)))
+    *out = Dtype::u16;
   else if (t.bits == 16 && (code == Code::Bfloat || code == Code::UInt))
     *out = Dtype::bf16;
   else if (code == Code::Int && t.bits == 32)

@@ -1,7 +1,8 @@
 // array.h -- checked views of the arrays that Python passes in
 //
 // Arrays come through DLPack (numpy, capsules, anything with __dlpack__) and are never copied. A refusal names the
-// argument, what was expected and what came. NumPy has no bfloat16: arrays of uint16 are read as bfloat16.
+// argument, what was expected and what came. NumPy has no bfloat16: arrays of uint16 are read as bfloat16,
+// unless the argument takes uint16.
 #pragma once
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>

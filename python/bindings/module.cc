@@ -74,4 +74,5 @@ NB_MODULE(_core, m) {
   bind_dense(m);
   bind_ngrams(m);
   bind_rows(m);
+  bind_sparse(m);
 }

@@ -5,6 +5,7 @@
 #include <string>
 
 #include "array.h"
+#include "widehead/labels.h"
 #include "widehead/loss.h"
 #include "widehead/update.h"
 
@@ -14,6 +15,13 @@ void bind_bag(nb::module_& m);
 void bind_dense(nb::module_& m);
 void bind_ngrams(nb::module_& m);
 void bind_rows(nb::module_& m);
+void bind_sparse(nb::module_& m);
+
+// Targets of `rows` examples: one class each without indptr, CSR with it.
+Labels labels_of(Arrays& arrays, nb::handle indptr, nb::handle indices, nb::handle values, std::int64_t rows,
+                 std::int64_t n_classes);
+LossOptions loss_of(Arrays& arrays, const std::string& loss, double label_smoothing, double lse_penalty, double softcap,
+                    nb::handle class_weight, std::int64_t ignore_index, std::int64_t n_classes);
 
 // "softmax" | "bce" | "squared_hinge"; throws ShapeError naming the ones there are.
 Loss parse_loss(const std::string& name);

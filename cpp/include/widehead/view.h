@@ -12,7 +12,7 @@ struct f16 {
   std::uint16_t bits;
 };
 
-enum class Dtype : std::uint8_t { f32, f64, bf16, f16, i32, i64 };
+enum class Dtype : std::uint8_t { f32, f64, bf16, f16, i32, i64, u16 };
 
 constexpr std::int64_t size_of(Dtype t) {
   switch (t) {
@@ -30,6 +30,7 @@ constexpr const char* name_of(Dtype t) {
     case Dtype::bf16: return "bfloat16";
     case Dtype::f16: return "float16";
     case Dtype::i32: return "int32";
+    case Dtype::u16: return "uint16";
     default: return "int64";
   }
 }

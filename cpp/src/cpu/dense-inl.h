@@ -262,29 +262,38 @@ void backward(const DenseContext& ctx, const DenseGeometry& geometry, BackwardTa
 }
 
 template <class M>
+void write_panel(const DenseContext& ctx, const Tile<M>& t, i64 b0, const typename M::Real* z, AnyMatrix out) {
+  constexpr i64 kP = Tile<M>::kP;
+  for (i64 lane = 0; lane < at_most(kP, ctx.batch - b0); ++lane)
+    for (i64 c = 0; c < t.count; ++c) {
+      const i64 at = (b0 + lane) * out.stride + t.first + c;
+      if (out.dtype == Dtype::f64) {
+        static_cast<double*>(out.data)[at] = static_cast<double>(z[c * kP + lane]);
+      } else {
+        static_cast<float*>(out.data)[at] = static_cast<float>(z[c * kP + lane]);
+      }
+    }
+}
+
+template <class M>
+void best_of_panel(const DenseContext& ctx, TopKTask& task, const Tile<M>& t, i64 b0, const typename M::Real* z,
+                   int vectors) {
+  if (task.lse) accumulate_lse<M>(t, z, vectors, PartialView<M>(*task.lse, b0));
+  topk_panel<M>(task, t, z, b0, at_most(Tile<M>::kP, ctx.batch - b0));
+}
+
+template <class M>
 void logits(const DenseContext& ctx, const DenseGeometry& g, i64 first_tile, i64 end_tile, AnyMatrix out,
             void* scratch) {
-  constexpr i64 kP = Tile<M>::kP;
-  for_each_panel<M>(ctx, g, first_tile, end_tile, scratch, [&](const Tile<M>& t, i64 b0, auto* z, int) {
-    for (i64 lane = 0; lane < at_most(kP, ctx.batch - b0); ++lane)
-      for (i64 c = 0; c < t.count; ++c) {
-        const i64 at = (b0 + lane) * out.stride + t.first + c;
-        if (out.dtype == Dtype::f64) {
-          static_cast<double*>(out.data)[at] = static_cast<double>(z[c * kP + lane]);
-        } else {
-          static_cast<float*>(out.data)[at] = static_cast<float>(z[c * kP + lane]);
-        }
-      }
-  });
+  for_each_panel<M>(ctx, g, first_tile, end_tile, scratch,
+                    [&](const Tile<M>& t, i64 b0, auto* z, int) { write_panel<M>(ctx, t, b0, z, out); });
 }
 
 template <class M>
 void topk(const DenseContext& ctx, const DenseGeometry& g, TopKTask& task, void* scratch) {
-  for_each_panel<M>(ctx, g, task.first_tile, task.end_tile, scratch,
-                    [&](const Tile<M>& t, i64 b0, auto* z, int vectors) {
-                      if (task.lse) accumulate_lse<M>(t, z, vectors, PartialView<M>(*task.lse, b0));
-                      topk_panel<M>(task, t, z, b0, at_most(Tile<M>::kP, ctx.batch - b0));
-                    });
+  for_each_panel<M>(
+      ctx, g, task.first_tile, task.end_tile, scratch,
+      [&](const Tile<M>& t, i64 b0, auto* z, int vectors) { best_of_panel<M>(ctx, task, t, b0, z, vectors); });
 }
 
 // Products of single rows, for the few classes that a caller names.
@@ -311,10 +320,7 @@ void scores(const DenseContext& ctx, i64 first, i64 end, const i64* classes, i64
       for (; k + Simd<Real>::kLanes <= d; k += Simd<Real>::kLanes) sum += load(h + k) * load(w + k);
       Real z = sum_lanes<Real>(sum);
       for (; k < d; ++k) z += h[k] * w[k];
-      if (ctx.bias)
-        z += ctx.bias_dtype == Dtype::f32   ? static_cast<Real>(static_cast<const float*>(ctx.bias)[c])
-             : ctx.bias_dtype == Dtype::f64 ? static_cast<Real>(static_cast<const double*>(ctx.bias)[c])
-                                            : static_cast<Real>(bf16_float(static_cast<const uint16_t*>(ctx.bias)[c]));
+      if (ctx.bias) z += bias_of<Real>(ctx, c);
       const double cap = ctx.loss.softcap;
       if (cap > 0) z = static_cast<Real>(cap * __builtin_tanh(static_cast<double>(z) / cap));
       if (out.dtype == Dtype::f64) {
@@ -335,10 +341,10 @@ WIDEHEAD_INLINE auto with_mode(Dtype weight, F f) {
   return f(ModeF32{});
 }
 
-inline DenseKernels dense_table() {
-  DenseKernels k{};
-  k.geometry = [](Dtype weight, i64 batch, i64 features, i64 classes) {
-    return with_mode(weight, [&]<class M>(M) { return geometry_as<M>(batch, features, classes); });
+inline HeadKernels dense_table() {
+  HeadKernels k{};
+  k.geometry = [](const DenseContext& c) {
+    return with_mode(c.weight_dtype, [&]<class M>(M) { return geometry_as<M>(c); });
   };
   k.pack_columns = [](const DenseContext& c, const DenseGeometry& g, i64 block) {
     with_mode(c.weight_dtype, [&]<class M>(M) { pack_columns<M>(c, g, block); });

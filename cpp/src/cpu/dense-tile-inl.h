@@ -48,14 +48,15 @@ struct Shape {
 };
 
 template <class M>
-DenseGeometry geometry_as(i64 batch, i64 features, i64 classes) {
+DenseGeometry geometry_as(const DenseContext& ctx) {
   using S = Shape<M>;
-  const S s(batch, features);
+  const S s(ctx.batch, ctx.features);
   DenseGeometry g{};
   constexpr std::size_t kElem = sizeof(typename M::Elem), kReal = sizeof(typename M::Real);
   const auto size = [](i64 n) { return static_cast<std::size_t>(n); };
   g.panel = S::kP;
-  g.tile = s.tile(classes);
+  g.partial_bytes = std::size_t{32} << 20;
+  g.tile = s.tile(ctx.classes);
   g.block = S::kBlock;
   g.padded_batch = s.padded_batch();
   g.blocks = ceil_div(g.padded_batch, S::kBlock);
@@ -240,22 +241,22 @@ Prefetch prefetch_after(const DenseContext& ctx, const Shape<M>& s, const Tile<M
   return {next, next + bytes, pulls > 0 ? ceil_div(bytes / 64 + 1, pulls) : 0};
 }
 
+template <class Real>
+WIDEHEAD_INLINE Real bias_of(const DenseContext& ctx, i64 c) {
+  return ctx.bias_dtype == Dtype::f32   ? static_cast<Real>(static_cast<const float*>(ctx.bias)[c])
+         : ctx.bias_dtype == Dtype::f64 ? static_cast<Real>(static_cast<const double*>(ctx.bias)[c])
+                                        : static_cast<Real>(bf16_float(static_cast<const uint16_t*>(ctx.bias)[c]));
+}
+
+// The tile's classes, their bias and their targets.
 template <class M>
-void begin_tile(const DenseContext& ctx, const Shape<M>& s, Tile<M>& t, i64 tile, i64 index, i64 examples) {
+void place_tile(const DenseContext& ctx, Tile<M>& t, i64 tile, i64 index) {
   using Real = typename M::Real;
   t.first = index * tile;
   t.count = at_most(tile, ctx.classes - t.first);
   t.padded = round_up(t.count, kRowStep);
-  pack_weights<M>(ctx, s, t);
-  t.prefetch = prefetch_after<M>(ctx, s, t, examples);
   for (i64 c = 0; c < t.count; ++c) {
-    Real b = 0;
-    if (ctx.bias) {
-      const i64 at = t.first + c;
-      b = ctx.bias_dtype == Dtype::f32   ? static_cast<Real>(static_cast<const float*>(ctx.bias)[at])
-          : ctx.bias_dtype == Dtype::f64 ? static_cast<Real>(static_cast<const double*>(ctx.bias)[at])
-                                         : static_cast<Real>(bf16_float(static_cast<const uint16_t*>(ctx.bias)[at]));
-    }
+    const Real b = ctx.bias ? bias_of<Real>(ctx, t.first + c) : Real{0};
     t.bias[c] = b;
     t.add[c] = ctx.offset ? b + static_cast<Real>(ctx.offset[t.first + c]) : b;
   }
@@ -275,6 +276,13 @@ void begin_tile(const DenseContext& ctx, const Shape<M>& s, Tile<M>& t, i64 tile
   t.entries = ctx.entries + lo;
   t.n_entries = first_entry(t.first + t.count) - lo;
   t.entry_logits = static_cast<Real*>(ctx.entry_logits) + lo;
+}
+
+template <class M>
+void begin_tile(const DenseContext& ctx, const Shape<M>& s, Tile<M>& t, i64 tile, i64 index, i64 examples) {
+  place_tile<M>(ctx, t, tile, index);
+  pack_weights<M>(ctx, s, t);
+  t.prefetch = prefetch_after<M>(ctx, s, t, examples);
 }
 
 // Z panel of 32 (AVX-512) examples.

@@ -47,13 +47,13 @@ double element(const ConstAnyVector& v, i64 i) {
   }
 }
 
-void Prepared::take_gradients(const DenseBackward& args) {
+void Prepared::take_gradients(const ConstAnyVector& losses, const ConstAnyVector& output) {
   grad_losses.assign(rows.size(), 0);
   grad_output.assign(rows.size(), 0);
   for (std::size_t i = 0; i < rows.size(); ++i) {
     if (!rows[i].active) continue;
-    grad_losses[i] = element(args.grad_losses, static_cast<i64>(i));
-    grad_output[i] = element(args.grad_output, static_cast<i64>(i));
+    grad_losses[i] = element(losses, static_cast<i64>(i));
+    grad_output[i] = element(output, static_cast<i64>(i));
   }
 }
 
@@ -63,7 +63,10 @@ double Prepared::largest_grad_loss() const {
   return top;
 }
 
-DenseContext layer_context(const DenseLayer& layer, const LossOptions& loss) {
+namespace {
+
+template <class Layer>
+DenseContext shared_context(const Layer& layer, const LossOptions& loss) {
   DenseContext ctx{};
   ctx.hidden = layer.hidden.data;
   ctx.hidden_dtype = layer.hidden.dtype;
@@ -76,8 +79,25 @@ DenseContext layer_context(const DenseLayer& layer, const LossOptions& loss) {
   ctx.weight_stride = layer.weight.stride;
   ctx.bias = const_cast<void*>(layer.bias.data);
   ctx.bias_dtype = layer.bias.dtype;
-  ctx.offset = layer.offset;
   ctx.loss = loss;
+  return ctx;
+}
+
+}  // namespace
+
+DenseContext layer_context(const DenseLayer& layer, const LossOptions& loss) {
+  DenseContext ctx = shared_context(layer, loss);
+  ctx.offset = layer.offset;
+  return ctx;
+}
+
+DenseContext layer_context(const SparseLayer& layer, const LossOptions& loss) {
+  DenseContext ctx = shared_context(layer, loss);
+  ctx.index = layer.index.data;
+  ctx.index_dtype = layer.index.dtype;
+  ctx.fan_in = layer.weight.cols;
+  ctx.index_stride = layer.index.stride;
+  ctx.group_size = layer.index.group_size;
   return ctx;
 }
 

@@ -4,6 +4,7 @@
 
 #include "cpu/kernels.h"
 #include "widehead/dense.h"
+#include "widehead/sparse.h"
 
 namespace widehead::cpu {
 
@@ -21,11 +22,12 @@ struct Prepared {
 
   Prepared() = default;
   Prepared(const Labels& target, const LossOptions& loss, i64 classes);
-  void take_gradients(const DenseBackward& args);
+  void take_gradients(const ConstAnyVector& losses, const ConstAnyVector& output);
   double largest_grad_loss() const;
 };
 
 DenseContext layer_context(const DenseLayer& layer, const LossOptions& loss);
+DenseContext layer_context(const SparseLayer& layer, const LossOptions& loss);
 // Element i as double; 0 where the vector is not given.
 double element(const ConstAnyVector& v, i64 i);
 // CSR indices with every row sorted; empty where indptr is null.

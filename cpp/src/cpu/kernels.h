@@ -19,8 +19,13 @@ struct Entry {
   float value;
 };
 
-// What the tiles of one call share. Memory belongs to the driver (dense.cc).
+// What the tiles of one call share. Memory belongs to the driver (driver.h).
 struct DenseContext {
+  // A sparse layer's inputs, [groups, fan_in]; null: dense, every class has all features.
+  const void* index;
+  Dtype index_dtype;  // u16 | i32
+  i64 fan_in, index_stride, group_size;
+
   const void* hidden;
   Dtype hidden_dtype;
   i64 batch, features, hidden_stride;
@@ -54,6 +59,9 @@ struct DenseGeometry {
   i64 padded_batch;  // multiple of panel and of the packing factor
   i64 blocks;
   i64 real_bytes;
+  bool
+      feature_major;  // dH accumulates as [batch panel][feature][panel]; else as [block][feature panel][example][panel]
+  std::size_t partial_bytes;  // what the partitions keep apart may take this much in all, as far as their number allows
   std::size_t columns_bytes, rows_bytes;          // of the packed batch
   std::size_t grad_bytes;                         // one [padded_batch, padded features] accumulator, in panels
   std::size_t forward_scratch, backward_scratch;  // per running task
@@ -93,8 +101,9 @@ struct TopKTask {
   ForwardPartial* lse;  // or null
 };
 
-struct DenseKernels {
-  DenseGeometry (*geometry)(Dtype weight, i64 batch, i64 features, i64 classes);
+// What the driver (driver.h) runs: a set for the dense head, one for the sparse head.
+struct HeadKernels {
+  DenseGeometry (*geometry)(const DenseContext&);
   void (*pack_columns)(const DenseContext&, const DenseGeometry&, i64 block);
   void (*pack_rows)(const DenseContext&, const DenseGeometry&, i64 block);
   void (*forward)(const DenseContext&, const DenseGeometry&, i64 first_tile, i64 end_tile, ForwardPartial&,
@@ -115,7 +124,8 @@ struct UpdateKernels {
 
 struct Kernels {
   const char* name;
-  DenseKernels dense;
+  HeadKernels dense;
+  HeadKernels sparse;
   UpdateKernels update;
   BagKernels bag;
 };

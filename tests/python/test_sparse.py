@@ -1,0 +1,308 @@
+"""tests/python/test_sparse.py -- the sparse head of the core against float64: the dense head on scattered weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dense_cases import LOSSES, exact, multi_labels, single_labels, stored, strided
+from reference import UNIT, Dense, Targets, within
+from widehead import _core
+
+DTYPES = ("float32", "bfloat16", "float64")
+# batch, classes, features, fan-in, group size: fan-ins and batches around the vector's width, one feature, few classes.
+SHAPES = [
+    (1, 1, 1, 1, 1),
+    (3, 2, 5, 5, 1),
+    (16, 63, 40, 7, 1),
+    (17, 65, 40, 16, 1),
+    (33, 130, 100, 17, 1),
+    (32, 97, 64, 32, 1),
+    (31, 200, 300, 31, 16),
+    (130, 301, 257, 33, 1),
+    (65, 150, 70, 12, 64),
+    (5, 100, 1000, 3, 48),
+    (40, 129, 90, 20, 100),
+]
+SPARSE_LOSSES = {name: options for name, options in LOSSES.items() if "offset" not in name and "softcap" not in name}
+
+
+@dataclass
+class SparseCase:
+    """One batch and one sparse layer, as the core takes them."""
+
+    hidden: np.ndarray
+    weight: np.ndarray
+    index: np.ndarray
+    bias: np.ndarray | None
+    target: dict[str, Any]
+    group_size: int
+    options: dict[str, Any] = field(default_factory=dict)
+    dtype: str = "float32"
+
+    @property
+    def real(self) -> str:
+        return "float64" if self.dtype == "float64" else "float32"
+
+    def layer(self) -> dict[str, Any]:
+        names = ("hidden", "weight", "index", "bias", "group_size")
+        return {name: getattr(self, name) for name in names}
+
+    def arguments(self) -> dict[str, Any]:
+        return {**self.layer(), **self.target, **self.options}
+
+    def inputs(self) -> np.ndarray:
+        """The inputs of every class, [D, K]."""
+        return np.repeat(self.index.astype(int), self.group_size, axis=0)[: len(self.weight)]
+
+    def scattered(self, rows: np.ndarray) -> np.ndarray:
+        """[D, K] numbers at their inputs, [D, H]."""
+        out = np.zeros((len(rows), self.hidden.shape[1]))
+        np.put_along_axis(out, self.inputs(), rows, 1)
+        return out
+
+    def reference(self) -> Dense:
+        hidden = exact(self.hidden)
+        if self.dtype == "bfloat16":
+            hidden = exact(stored(hidden.astype(np.float32), "bfloat16"))
+        t = self.target
+        targets = (
+            Targets.single(t["indices"], len(self.weight), self.options.get("ignore_index", -100))
+            if t["indptr"] is None
+            else Targets.multi(t["indptr"], t["indices"], t["values"], len(self.weight))
+        )
+        options = {key: value for key, value in self.options.items() if key != "ignore_index"}
+        bias = None if self.bias is None else exact(self.bias)
+        # bfloat16 weights are widened: no factor but hidden is rounded.
+        dtype = "float32" if self.dtype == "bfloat16" else self.dtype
+        return Dense(hidden, self.scattered(exact(self.weight)), bias, targets, dtype=dtype, **options)
+
+    def forward(self) -> dict[str, np.ndarray]:
+        out = {name: np.full(len(self.hidden), 7.0, self.real) for name in ("losses", "output", "lse")}
+        _core.sparse_forward(**self.arguments(), **out)
+        return out
+
+    def backward(self, scale: np.ndarray, **more: Any) -> dict[str, np.ndarray]:
+        out = {
+            "grad_hidden": np.full_like(self.hidden, 7),
+            "grad_weight": np.full(self.weight.shape, 7, self.real),
+            "grad_bias": None if self.bias is None else np.full(len(self.weight), 7, self.real),
+        }
+        lse = self.forward()["lse"] if self.options["loss"] == "softmax" else None
+        _core.sparse_backward(**self.arguments(), lse=lse, grad_losses=scale.astype(self.real), **out, **more)
+        return {name: array for name, array in out.items() if array is not None}
+
+    def fused(self, scale: np.ndarray, update: dict[str, Any]) -> dict[str, np.ndarray]:
+        lse = self.forward()["lse"] if self.options["loss"] == "softmax" else None
+        weight, bias = np.array(self.weight), None if self.bias is None else self.bias.copy()
+        out = {"grad_hidden": np.full_like(self.hidden, 7)}
+        arguments = {**self.arguments(), "weight": weight, "bias": bias}
+        _core.sparse_backward(**arguments, lse=lse, grad_losses=scale.astype(self.real), update=update, **out)
+        return {"weight": weight, "bias": bias, **out}
+
+
+def make(
+    shape: tuple[int, int, int, int, int],
+    *,
+    seed: int = 0,
+    dtype: str = "float32",
+    hidden_dtype: str | None = None,
+    index_dtype: str = "uint16",
+    multi: bool | None = None,
+    bias: bool = True,
+    scale: float = 1.0,
+    pad: int = 0,
+    class_weight: bool = False,
+    **options: Any,
+) -> SparseCase:
+    batch, classes, features, fan_in, group = shape
+    rng = np.random.default_rng([seed, *shape])
+    options = {"loss": "squared_hinge", **options}
+    multi = options["loss"] != "softmax" if multi is None else multi
+    hidden = stored(rng.normal(size=(batch, features)), hidden_dtype or dtype)
+    weight = stored(rng.normal(size=(classes, fan_in)) * scale / np.sqrt(fan_in), dtype)
+    groups = -(-classes // group)
+    index = np.sort(rng.permuted(np.tile(np.arange(features), (groups, 1)), axis=1)[:, :fan_in], axis=1)
+    kept = stored(rng.normal(size=classes), "float64" if dtype == "float64" else "float32") if bias else None
+    target = (
+        multi_labels(rng, batch, classes, bool(seed % 2))
+        if multi
+        else single_labels(rng, batch, classes, options.get("ignore_index", -100))
+    )
+    if class_weight:
+        options["class_weight"] = rng.uniform(0.1, 2.0, classes).astype(np.float32)
+    index = index.astype(index_dtype)
+    if pad:
+        hidden, weight = strided(hidden, pad), strided(weight, pad + 1)
+        wide = np.zeros((groups, fan_in + pad), index_dtype)
+        wide[:, :fan_in] = index
+        index = wide[:, :fan_in]
+    return SparseCase(hidden, weight, index, kept, target, group, options, dtype)
+
+
+def weights_of_examples(case: SparseCase) -> np.ndarray:
+    rng = np.random.default_rng(1)
+    scale = rng.normal(size=len(case.hidden)).astype(np.float32)
+    scale[rng.random(len(scale)) < 0.1] = 0
+    return scale
+
+
+def check(case: SparseCase, **more: Any) -> None:
+    ref, got, scale = case.reference(), case.forward(), weights_of_examples(case)
+    within(got["losses"], ref.losses, ref.losses_error, "losses")
+    within(got["output"], ref.output, ref.output_error, "output")
+    if case.options["loss"] == "softmax":
+        within(got["lse"], ref.lse, ref.lse_error, "lse")
+    incoming = {name.removeprefix("grad_"): value for name, value in more.items()}
+    want = ref.gradients(scale, incoming.get("output"), incoming.get("lse"))
+    got = case.backward(scale, **more)
+    rounding = UNIT["bfloat16" if case.hidden.dtype == np.uint16 else case.hidden.dtype.name]
+    subnormal = 2.0**-25 if case.hidden.dtype == np.float16 else 0.0
+    bound = want.hidden_error * (1 + rounding) + rounding * np.abs(want.hidden) + subnormal
+    within(exact(got["grad_hidden"]), want.hidden, bound, "grad_hidden")
+    at = case.inputs()
+    gathered = [np.take_along_axis(x, at, 1) for x in (want.weight, want.weight_error)]
+    within(got["grad_weight"], *gathered, "grad_weight")
+    if case.bias is not None:
+        within(got["grad_bias"], want.bias, want.bias_error, "grad_bias")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_shape(isa: str, dtype: str) -> None:
+    for i, shape in enumerate(SHAPES):
+        for loss in ("squared_hinge", "softmax"):
+            check(make(shape, seed=i, dtype=dtype, bias=i % 3 > 0, pad=(0, 3, 16)[i % 3], loss=loss))
+
+
+@pytest.mark.parametrize("name", SPARSE_LOSSES)
+def test_every_loss_and_option(isa: str, name: str) -> None:
+    for i, shape in enumerate(SHAPES[1:]):
+        options = {"loss": "softmax", **SPARSE_LOSSES[name]}
+        check(make(shape, seed=i, dtype=DTYPES[i % 3], bias=i % 4 > 0, scale=3.0, **options))
+
+
+@pytest.mark.parametrize("hidden_dtype", ["float32", "float16", "bfloat16"])
+def test_hidden_and_index_types(isa: str, hidden_dtype: str) -> None:
+    for dtype in DTYPES:
+        for index_dtype in ("uint16", "int32"):
+            check(make(SHAPES[4], dtype=dtype, hidden_dtype=hidden_dtype, index_dtype=index_dtype))
+
+
+def test_inputs_past_65536(isa: str) -> None:
+    check(make((9, 70, 70_000, 30, 1), index_dtype="int32"))
+    with pytest.raises(_core.DtypeError, match="uint16 reaches 65536"):
+        make((9, 70, 70_000, 30, 1), index_dtype="uint16").forward()
+
+
+@pytest.mark.parametrize("loss", ["softmax", "bce", "squared_hinge"])
+def test_gradients_that_come_in(isa: str, loss: str) -> None:
+    rng = np.random.default_rng(0)
+    for shape in SHAPES[3:8]:
+        more = {"grad_output": rng.normal(size=shape[0]).astype(np.float32)}
+        if loss == "softmax":
+            more["grad_lse"] = rng.normal(size=shape[0]).astype(np.float32)
+        check(make(shape, loss=loss), **more)
+
+
+def test_losses_on_the_way(isa: str) -> None:
+    for loss in ("bce", "squared_hinge"):
+        case = make(SHAPES[7], loss=loss)
+        losses, output = np.empty(len(case.hidden), np.float32), np.empty(len(case.hidden), np.float32)
+        case.backward(weights_of_examples(case), losses=losses, output=output)
+        apart = case.forward()
+        assert np.array_equal(losses, apart["losses"]) and np.array_equal(output, apart["output"])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adagrad"])
+def test_fused_steps_are_those_of_update_rows(isa: str, optimizer: str, dtype: str) -> None:
+    """The step in backward moves weights, bias and state as update_rows does with the plain gradient, bit for bit."""
+    for shape in (SHAPES[5], SHAPES[6]):
+        case = make(shape, dtype=dtype)
+        scale, rows = weights_of_examples(case), np.arange(shape[1])
+        numbers = {"lr": 0.05, "momentum": 0.0, "eps": 1e-6, "weight_decay": 0.02, "step": 3, "seed": 9}
+        names = {"sgd": (), "adam": ("first", "second"), "adagrad": ("second",)}[optimizer]
+        state = {}
+        for name in names:
+            width = 1 if optimizer == "adagrad" else case.weight.shape[1]
+            state[name] = np.full((len(rows), width), 0.01, case.real)
+            state[f"bias_{name}"] = np.full(len(rows), 0.01, case.real)
+        other = {name: value.copy() for name, value in state.items()}
+        update = {"optimizer": optimizer, "rounding": "stochastic", **numbers}
+        plain, fused = case.backward(scale), case.fused(scale, {**update, **state})
+        weight, bias = np.array(case.weight), case.bias.copy()
+        _core.update_rows(
+            weight=weight, rows=rows, grad=plain["grad_weight"], bias=bias, grad_bias=plain["grad_bias"],
+            update={**update, **other},
+        )  # fmt: skip
+        assert np.array_equal(fused["weight"], weight) and np.array_equal(fused["bias"], bias)
+        assert np.array_equal(fused["grad_hidden"], plain["grad_hidden"])
+        assert all(np.array_equal(state[name], other[name]) for name in state)
+
+
+def test_same_bits_for_any_number_of_threads(isa: str) -> None:
+    for shape, loss in (((33, 3000, 500, 32, 1), "squared_hinge"), ((100, 2500, 400, 20, 16), "softmax")):
+        case, results = make(shape, loss=loss), []
+        for threads in (1, 2, 4):
+            _core.set_num_threads(threads)
+            fused = case.fused(weights_of_examples(case), {"optimizer": "sgd", "lr": 0.1, "step": 2})
+            results.append({**case.forward(), **fused, **case.backward(weights_of_examples(case))})
+        for other in results[1:]:
+            assert all(np.array_equal(value, other[key]) for key, value in results[0].items())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_queries(isa: str, dtype: str) -> None:
+    rng = np.random.default_rng(2)
+    for i, shape in enumerate(SHAPES):
+        case = make(shape, seed=i, dtype=dtype, bias=i % 2 > 0)
+        ref = case.reference()
+        logits = np.full(ref.z.shape, 7, case.real)
+        _core.sparse_logits(**case.layer(), logits=logits)
+        within(logits, ref.z, ref.z_error, "logits")
+        classes = rng.integers(0, shape[1], (shape[0], 5))
+        scores = np.full((shape[0], 5), 7, case.real)
+        _core.sparse_scores(**case.layer(), classes=classes, scores=scores)
+        at = np.arange(shape[0])[:, None], classes
+        within(scores, ref.z[at], ref.z_error[at], "scores")
+        k = min(4, shape[1])
+        best, names, lse = (
+            np.empty((shape[0], k), case.real),
+            np.empty((shape[0], k), np.int64),
+            np.empty(shape[0], case.real),
+        )
+        _core.sparse_topk(**case.layer(), k=k, scores=best, classes=names, lse=lse)
+        order = np.argsort(-logits, axis=1, kind="stable")[:, :k]
+        assert np.array_equal(names, order) and np.array_equal(best, np.take_along_axis(logits, order, 1))
+        top = ref.z.max(1)
+        within(lse, top + np.log(np.exp(ref.z - top[:, None]).sum(1)), ref.z_error.max(1) * 4 + 1e-5, "lse")
+
+
+def test_drawn_inputs() -> None:
+    """Distinct, ascending, uniform; a row depends on the seed and its number alone."""
+    whole = np.full((4000, 7), 65535, np.uint16)
+    _core.draw_index(index=whole, in_features=20, seed=5)
+    assert (np.diff(whole.astype(int), axis=1) > 0).all() and whole.max() == 19
+    counts = np.bincount(whole.ravel(), minlength=20)
+    expected = 4000 * 7 / 20
+    assert np.abs(counts - expected).max() < 5 * np.sqrt(expected * (1 - 7 / 20))
+    part = np.zeros((5, 7), np.uint16)
+    _core.draw_index(index=part, in_features=20, seed=5, first_row=100)
+    assert np.array_equal(part, whole[100:105])
+    full = np.zeros((3, 20), np.int32)
+    _core.draw_index(index=full, in_features=20, seed=1)
+    assert np.array_equal(full, np.tile(np.arange(20), (3, 1)))
+    with pytest.raises(_core.ShapeError, match="fan_in: expected 1 to 6"):
+        _core.draw_index(index=part, in_features=6, seed=5)
+
+
+def test_bad_index_is_refused() -> None:
+    index = np.array([[0, 3, 5], [1, 2, 9]], np.uint16)
+    _core.check_index(index=index, in_features=10)
+    with pytest.raises(_core.ShapeError, match=r"inputs in \[0, 9\), got 9 at row 1, column 2"):
+        _core.check_index(index=index, in_features=9)
+    with pytest.raises(_core.ShapeError, match="ascending order, got 4 before 4 in row 0"):
+        _core.check_index(index=np.array([[1, 4, 4]], np.int32), in_features=9)
