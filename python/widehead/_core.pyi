@@ -133,3 +133,48 @@ def bag_step(
     *, indptr: Array, indices: Array, values: Array | None, table: Array, normalise: bool, scale: float,
     out: Array | None = None, norms: Array | None = None, grad: Array, update: dict[str, Any],
 ) -> None: ...
+
+# The sparse head. index [ceil(n_classes / group_size), fan_in], uint16 or int32, distinct and ascending in a row (as
+# draw_index makes it; check_index says so of one that comes from outside); weight, grad_weight and the state arrays of
+# an update are [n_classes, fan_in]; hidden [batch, in_features]. Everything else as in the dense head's functions.
+def sparse_forward(
+    *, hidden: Array, weight: Array, index: Array, bias: Array | None, group_size: int = 1,
+    indptr: Array | None, indices: Array, values: Array | None,
+    loss: str, label_smoothing: float = 0.0, lse_penalty: float = 0.0,
+    class_weight: Array | None = None, ignore_index: int = -100,
+    losses: Array | None, output: Array | None, lse: Array | None, gpu: Gpu | None = None,
+) -> None: ...
+def sparse_backward(
+    *, hidden: Array, weight: Array, index: Array, bias: Array | None, group_size: int = 1,
+    indptr: Array | None, indices: Array, values: Array | None,
+    loss: str, label_smoothing: float = 0.0, lse_penalty: float = 0.0,
+    class_weight: Array | None = None, ignore_index: int = -100,
+    lse: Array | None, grad_losses: Array, grad_output: Array | None = None, grad_lse: Array | None = None,
+    grad_hidden: Array | None = None, grad_weight: Array | None = None, grad_bias: Array | None = None,
+    update: dict[str, Any] | None = None, losses: Array | None = None, output: Array | None = None,
+    gpu: Gpu | None = None,
+) -> None: ...
+def sparse_logits(
+    *, hidden: Array, weight: Array, index: Array, bias: Array | None, group_size: int = 1, logits: Array,
+    gpu: Gpu | None = None,
+) -> None: ...
+def sparse_scores(
+    *, hidden: Array, weight: Array, index: Array, bias: Array | None, group_size: int = 1, classes: Array,
+    scores: Array, gpu: Gpu | None = None,
+) -> None: ...
+def sparse_topk(
+    *, hidden: Array, weight: Array, index: Array, bias: Array | None, group_size: int = 1, k: int,
+    exclude_indptr: Array | None = None, exclude_indices: Array | None = None,
+    scores: Array, classes: Array, lse: Array | None = None, gpu: Gpu | None = None,
+) -> None: ...
+def draw_index(*, index: Array, in_features: int, seed: int, first_row: int = 0) -> None: ...
+def check_index(*, index: Array, in_features: int) -> None: ...
+
+# Moves the weakest connections to other inputs; weight, index and the state arrays change in place. mode:
+# "magnitude_global" | "magnitude_row" | "threshold". Returns how many moved.
+def rewire(
+    *, weight: Array, index: Array, group_size: int = 1, in_features: int,
+    first: Array | None = None, second: Array | None = None, compensation: Array | None = None,
+    mode: str = "magnitude_global", fraction: float = 0.1, threshold: float = 0.0, keep_value: bool = False,
+    seed: int, step: int, first_row: int = 0,
+) -> int: ...
