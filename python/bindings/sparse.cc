@@ -5,6 +5,7 @@
 
 #include "parts.h"
 #include "widehead/error.h"
+#include "widehead/rewire.h"
 
 namespace widehead::python {
 namespace {
@@ -152,6 +153,43 @@ void check(nb::handle index, std::int64_t in_features) {
   check_index({i.data, i.dtype, i.stride, 1}, i.rows, i.cols, in_features);
 }
 
+RewireMode parse_mode(const std::string& name) {
+  for (RewireMode mode : {RewireMode::magnitude_global, RewireMode::magnitude_row, RewireMode::threshold})
+    if (name == name_of(mode)) return mode;
+  throw ShapeError("mode: expected 'magnitude_global', 'magnitude_row' or 'threshold', got '" + name + "'");
+}
+
+std::int64_t move(nb::handle weight, nb::handle index, std::int64_t group_size, std::int64_t in_features,
+                  nb::handle first, nb::handle second, nb::handle compensation, const std::string& mode,
+                  double fraction, double threshold, bool keep_value, std::uint64_t seed, std::uint64_t step,
+                  std::int64_t first_row) {
+  Arrays arrays;
+  Rewire args;
+  args.weight = arrays.out_matrix(weight, {"weight", "[n_classes, fan_in]", kStored});
+  const AnyMatrix i = arrays.out_matrix(index, {"index", "[groups, fan_in]", kIndex});
+  if (group_size < 1) throw ShapeError("group_size: expected at least 1, got " + std::to_string(group_size));
+  expect_shape(i, (args.weight.rows + group_size - 1) / group_size, args.weight.cols, "index", "[groups, fan_in]");
+  args.index = i.data;
+  args.index_dtype = i.dtype;
+  args.index_stride = i.stride;
+  args.group_size = group_size;
+  args.in_features = in_features;
+  args.first = arrays.out_matrix(first, {"first", "[n_classes, fan_in]", kResult, true});
+  args.second = arrays.out_matrix(second, {"second", "[n_classes, fan_in]", kResult, true});
+  args.compensation =
+      arrays.out_matrix(compensation, {"compensation", "[n_classes, fan_in]", one_of(Dtype::bf16), true});
+  args.mode = parse_mode(mode);
+  args.fraction = fraction;
+  args.threshold = threshold;
+  args.keep_value = keep_value;
+  args.seed = seed;
+  args.step = step;
+  args.first_row = first_row;
+  if (arrays.on_gpu()) throw BackendError("rewire: expected arrays on cpu, got arrays on cuda");
+  nb::gil_scoped_release no_gil;
+  return rewire(args);
+}
+
 }  // namespace
 
 void bind_sparse(nb::module_& m) {
@@ -174,6 +212,10 @@ void bind_sparse(nb::module_& m) {
         "group_size"_a = 1, "k"_a, "exclude_indptr"_a.none() = none, "exclude_indices"_a.none() = none,
         "scores"_a.none(), "classes"_a.none(), "lse"_a.none() = none, "gpu"_a.none() = none);
   m.def("draw_index", &draw, nb::kw_only(), "index"_a.none(), "in_features"_a, "seed"_a, "first_row"_a = 0);
+  m.def("rewire", &move, nb::kw_only(), "weight"_a.none(), "index"_a.none(), "group_size"_a = 1, "in_features"_a,
+        "first"_a.none() = none, "second"_a.none() = none, "compensation"_a.none() = none,
+        "mode"_a = "magnitude_global", "fraction"_a = 0.1, "threshold"_a = 0.0, "keep_value"_a = false, "seed"_a,
+        "step"_a, "first_row"_a = 0);
   m.def("check_index", &check, nb::kw_only(), "index"_a.none(), "in_features"_a);
 }
 
