@@ -7,9 +7,13 @@
 
 namespace widehead::cpu::WIDEHEAD_ISA_NAME {
 
-// Classes of a tile: whole groups; 64 classes keep Z of a panel in 8 KB.
-inline i64 sparse_tile(const DenseContext& ctx) {
-  return ctx.group_size >= 64 ? ctx.group_size : 64 / ctx.group_size * ctx.group_size;
+// Classes of a tile: whole groups, few enough that the inputs of a panel which their logits have touched are still in the
+// first-level cache when the gradient wants them again.
+template <class Real>
+i64 sparse_tile(const DenseContext& ctx) {
+  const i64 group_bytes = ctx.fan_in * kPanel<Real> * static_cast<i64>(sizeof(Real));
+  const i64 groups = (i64{1} << 15) / group_bytes, most = ceil_div(64, ctx.group_size);
+  return ctx.group_size * (groups < 1 ? 1 : at_most(groups, most));
 }
 
 template <class M>
@@ -19,7 +23,7 @@ DenseGeometry sparse_geometry(const DenseContext& ctx) {
   const auto size = [](i64 n) { return static_cast<std::size_t>(n); };
   DenseGeometry g{};
   g.panel = kP;
-  g.tile = sparse_tile(ctx);
+  g.tile = sparse_tile<Real>(ctx);
   g.block = Shape<M>::kBlock;
   g.padded_batch = round_up(ctx.batch, kP);
   g.blocks = ceil_div(g.padded_batch, g.block);
@@ -170,16 +174,6 @@ WIDEHEAD_INLINE Vec<Real> sum_each(Vec<Real>* v) {
   return v[0];
 }
 
-template <class Real>
-WIDEHEAD_INLINE bool all_zero(const Real* g) {
-  constexpr int kLanes = Simd<Real>::kLanes;
-  typedef typename Simd<Real>::I I;
-  const I any = ((I)load(g) | (I)load(g + kLanes)) & Simd<Real>::kMagnitude;
-  for (int i = 0; i < kLanes; ++i)
-    if (any[i]) return false;
-  return true;
-}
-
 // What the gradient's kernel keeps for a tile.
 template <class M>
 struct SparseGradient {
@@ -188,45 +182,72 @@ struct SparseGradient {
   i64 tile;
 };
 
-// dW of kCount inputs from `k` on, and dX of those inputs with the weights from before the step.
-template <class M, bool kHidden, bool kWeight>
-WIDEHEAD_INLINE void row_gradient(const DenseContext& ctx, const SparseGradient<M>& q, SparseRow<M>& r, i64 c, i64 k,
-                                  i64 count, typename M::Real* grad_hidden) {
+// dW of kLanes inputs from `k` on.
+template <class M>
+WIDEHEAD_INLINE void add_row_weight(const DenseContext& ctx, const SparseGradient<M>& q, SparseRow<M>& r, i64 c,
+                                    i64 k) {
   using Real = typename M::Real;
   constexpr i64 kP = Tile<M>::kP, kLanes = kP / 2;
+  const i64 count = at_most(kLanes, ctx.fan_in - k), panels = ceil_div(ctx.batch, kP);
+  const int32_t* inputs = r.inputs + k;
   Vec<Real> sums[kLanes] = {};
-  const i64 panels = ceil_div(ctx.batch, kP);
   for (i64 panel = 0; panel < panels; ++panel) {
     const Real* g = q.g + (panel * q.tile + c) * kP;
-    if (all_zero(g)) continue;
     const Vec<Real> low = load(g), high = load(g + kLanes);
+    if (!any_nonzero(low) && !any_nonzero(high)) continue;
     const Real* x = panel_inputs<M>(ctx, panel);
-    Real* dx = grad_hidden + panel * ctx.features * kP;
-    const auto step = [&](i64 i) __attribute__((always_inline)) {
-      const i64 at = r.inputs[k + i] * kP;
-      if (kWeight) sums[i] += low * load(x + at) + high * load(x + at + kLanes);
-      if (kHidden) {
-        const Vec<Real> w = splat(r.weight[k + i]);
-        store(dx + at, load(dx + at) + w * low);
-        store(dx + at + kLanes, load(dx + at + kLanes) + w * high);
-      }
-    };
     if (count == kLanes) {
 #pragma GCC unroll 16
-      for (i64 i = 0; i < kLanes; ++i) step(i);
+      for (i64 i = 0; i < kLanes; ++i) {
+        const Real* at = x + inputs[i] * kP;
+        sums[i] += low * load(at) + high * load(at + kLanes);
+      }
     } else {
-      for (i64 i = 0; i < count; ++i) step(i);
+      for (i64 i = 0; i < count; ++i) {
+        const Real* at = x + inputs[i] * kP;
+        sums[i] += low * load(at) + high * load(at + kLanes);
+      }
     }
   }
-  if (kWeight) store(r.grad + k, sum_each<Real>(sums));
+  store(r.grad + k, sum_each<Real>(sums));
 }
 
-template <class M, bool kHidden, bool kWeight>
-void class_gradient(const DenseContext& ctx, const SparseGradient<M>& q, SparseRow<M>& r, i64 c,
-                    typename M::Real* grad_hidden) {
-  constexpr i64 kLanes = Tile<M>::kP / 2;
-  for (i64 k = 0; k < ctx.fan_in; k += kLanes)
-    row_gradient<M, kHidden, kWeight>(ctx, q, r, c, k, at_most(kLanes, ctx.fan_in - k), grad_hidden);
+// dX of one class with the weights from before the step. The inputs of a class are distinct, so a few rows can be loaded
+// before the first is stored: loads that follow a store to the same place modulo 4096 wait for it.
+template <class M>
+WIDEHEAD_INLINE void add_row_hidden(const DenseContext& ctx, const SparseGradient<M>& q, const SparseRow<M>& r, i64 c,
+                                    typename M::Real* grad_hidden) {
+  using Real = typename M::Real;
+  constexpr i64 kP = Tile<M>::kP, kLanes = kP / 2, kBatch = 4;
+  for (i64 panel = 0; panel < ceil_div(ctx.batch, kP); ++panel) {
+    const Real* g = q.g + (panel * q.tile + c) * kP;
+    const Vec<Real> low = load(g), high = load(g + kLanes);
+    if (!any_nonzero(low) && !any_nonzero(high)) continue;
+    Real* dx = grad_hidden + panel * ctx.features * kP;
+    i64 k = 0;
+    for (; k + kBatch <= ctx.fan_in; k += kBatch) {
+      Real* at[kBatch];
+      Vec<Real> a[kBatch], b[kBatch];
+#pragma GCC unroll 4
+      for (i64 i = 0; i < kBatch; ++i) {
+        at[i] = dx + r.inputs[k + i] * kP;
+        const Vec<Real> w = splat(r.weight[k + i]);
+        a[i] = load(at[i]) + w * low;
+        b[i] = load(at[i] + kLanes) + w * high;
+      }
+#pragma GCC unroll 4
+      for (i64 i = 0; i < kBatch; ++i) {
+        store(at[i], a[i]);
+        store(at[i] + kLanes, b[i]);
+      }
+    }
+    for (; k < ctx.fan_in; ++k) {
+      Real* at = dx + r.inputs[k] * kP;
+      const Vec<Real> w = splat(r.weight[k]);
+      store(at, load(at) + w * low);
+      store(at + kLanes, load(at + kLanes) + w * high);
+    }
+  }
 }
 
 template <class M>
@@ -242,6 +263,7 @@ void sparse_backward(const DenseContext& ctx, const DenseGeometry& geometry, Bac
   q.bias = carve.take<Real>(geometry.tile);
   const bool want_bias = (task.update && ctx.bias) || task.grad_bias;
   auto* grad_hidden = static_cast<Real*>(task.grad_hidden);
+  const UpdateScalars<Real> scalars = task.update ? UpdateScalars<Real>(*task.update) : UpdateScalars<Real>{};
   const AnyMatrix weight(ctx.weight, ctx.weight_dtype, ctx.classes, ctx.fan_in, ctx.weight_stride);
   for (i64 index = task.first_tile; index < task.end_tile; ++index) {
     place_tile<M>(ctx, t, geometry.tile, index);
@@ -261,15 +283,11 @@ void sparse_backward(const DenseContext& ctx, const DenseGeometry& geometry, Bac
     }
     for (i64 c = 0; c < t.count; ++c) {
       read_row<M>(ctx, t.first + c, r);
-      if (grad_hidden && task.want_weight) {
-        class_gradient<M, true, true>(ctx, q, r, c, grad_hidden);
-      } else if (grad_hidden) {
-        class_gradient<M, true, false>(ctx, q, r, c, grad_hidden);
-      } else if (task.want_weight) {
-        class_gradient<M, false, true>(ctx, q, r, c, nullptr);
-      }
+      if (task.want_weight)
+        for (i64 k = 0; k < ctx.fan_in; k += kP / 2) add_row_weight<M>(ctx, q, r, c, k);
+      if (grad_hidden) add_row_hidden<M>(ctx, q, r, c, grad_hidden);
       if (task.update) {
-        update_row(*task.update, weight, t.first + c, r.grad);
+        update_row_as<Real>(*task.update, scalars, weight, t.first + c, r.grad);
       } else if (task.want_weight) {
         write_row<Real>(task.grad_weight, t.first + c, r.grad);
       }
