@@ -1,0 +1,202 @@
+// sparse-row-inl.h -- the sparse head's products over the few inputs of one class
+//
+// Hidden lies feature-major, [batch panel][feature][PW], so that one input of a class is two whole vectors for a panel of examples:
+// contiguous loads from a place that is random by the row only. Z, G and the losses are the dense head's, on tiles of classes.
+#pragma once
+#include "cpu/dense-inl.h"
+
+namespace widehead::cpu::WIDEHEAD_ISA_NAME {
+
+// One class's inputs and weights, widened.
+template <class M>
+struct SparseRow {
+  int32_t* inputs;           // [K]
+  typename M::Real* weight;  // [K]
+  typename M::Real* grad;    // [K]
+  i64 group = -1;            // whose inputs these are
+};
+
+template <class M>
+SparseRow<M> carve_row(const DenseContext& ctx, Carve& carve) {
+  const i64 n = round_up(ctx.fan_in, Tile<M>::kP);
+  SparseRow<M> r{};
+  r.inputs = carve.take<int32_t>(n);
+  r.weight = carve.take<typename M::Real>(n);
+  r.grad = carve.take<typename M::Real>(n);
+  r.group = -1;
+  return r;
+}
+
+template <class M>
+WIDEHEAD_INLINE void read_row(const DenseContext& ctx, i64 cls, SparseRow<M>& r) {
+  const i64 group = cls / ctx.group_size;
+  if (group != r.group) {
+    r.group = group;
+    const i64 at = group * ctx.index_stride;
+    if (ctx.index_dtype == Dtype::u16) {
+      for (i64 k = 0; k < ctx.fan_in; ++k) r.inputs[k] = static_cast<const uint16_t*>(ctx.index)[at + k];
+    } else {
+      for (i64 k = 0; k < ctx.fan_in; ++k) r.inputs[k] = static_cast<const int32_t*>(ctx.index)[at + k];
+    }
+  }
+  const auto* w = static_cast<const typename M::Weight*>(ctx.weight) + cls * ctx.weight_stride;
+  for (i64 k = 0; k < ctx.fan_in; ++k) {
+    if constexpr (sizeof(typename M::Weight) == 2) {
+      r.weight[k] = bf16_float(w[k]);
+    } else {
+      r.weight[k] = w[k];
+    }
+  }
+}
+
+// The inputs of one panel of examples, [feature][PW].
+template <class M>
+WIDEHEAD_INLINE const typename M::Real* panel_inputs(const DenseContext& ctx, i64 panel) {
+  return static_cast<const typename M::Real*>(ctx.packed_columns) + panel * ctx.features * Tile<M>::kP;
+}
+
+template <class M, int kVectors>
+WIDEHEAD_INLINE void row_logits(const DenseContext& ctx, const SparseRow<M>& r, const typename M::Real* x,
+                                typename M::Real* z) {
+  using Real = typename M::Real;
+  constexpr i64 kP = Tile<M>::kP, kLanes = kP / 2;
+  // Two chains a vector: one alone would wait for its own multiply-add.
+  Vec<Real> even[kVectors] = {}, odd[kVectors] = {};
+  i64 k = 0;
+  for (; k + 1 < ctx.fan_in; k += 2) {
+    const Real *a = x + r.inputs[k] * kP, *b = x + r.inputs[k + 1] * kP;
+    const Vec<Real> wa = splat(r.weight[k]), wb = splat(r.weight[k + 1]);
+    for (int v = 0; v < kVectors; ++v) {
+      even[v] += wa * load(a + v * kLanes);
+      odd[v] += wb * load(b + v * kLanes);
+    }
+  }
+  if (k < ctx.fan_in)
+    for (int v = 0; v < kVectors; ++v) even[v] += splat(r.weight[k]) * load(x + r.inputs[k] * kP + v * kLanes);
+  for (int v = 0; v < kVectors; ++v) store(z + v * kLanes, even[v] + odd[v]);
+}
+
+// Z panel of the tile.
+template <class M>
+void sparse_logits(const DenseContext& ctx, const Tile<M>& t, SparseRow<M>& r, i64 panel, typename M::Real* z,
+                   int vectors) {
+  constexpr i64 kP = Tile<M>::kP;
+  const typename M::Real* x = panel_inputs<M>(ctx, panel);
+  for (i64 c = 0; c < t.count; ++c) {
+    read_row<M>(ctx, t.first + c, r);
+    if (vectors == 2) {
+      row_logits<M, 2>(ctx, r, x, z + c * kP);
+    } else {
+      row_logits<M, 1>(ctx, r, x, z + c * kP);
+    }
+  }
+}
+
+template <class M>
+Tile<M> carve_sparse_tile(const DenseGeometry& g, Carve& carve) {
+  Tile<M> t{};
+  t.add = carve.take<typename M::Real>(g.tile);
+  t.bias = carve.take<typename M::Real>(g.tile);
+  return t;
+}
+
+template <class M>
+WIDEHEAD_INLINE int panel_vectors(const DenseContext& ctx, i64 b0) {
+  return ctx.batch - b0 > Tile<M>::kP / 2 ? 2 : 1;
+}
+
+// The sums of kLanes vectors, in their order, by a tree that halves their number and doubles what a lane stands for.
+template <class Real>
+WIDEHEAD_INLINE Vec<Real> sum_each(Vec<Real>* v) {
+  constexpr int kLanes = Simd<Real>::kLanes;
+  typedef typename Simd<Real>::I I;
+  I lower{}, upper{};
+  for (int i = 0; i < kLanes; ++i) {
+    lower[i] = static_cast<decltype(I{}[0] + 0)>(i / 2 + (i % 2) * kLanes);
+    upper[i] = lower[i] + kLanes / 2;
+  }
+#pragma GCC unroll 8
+  for (int n = kLanes; n > 1; n /= 2)
+#pragma GCC unroll 16
+    for (int i = 0; i < n / 2; ++i)
+      v[i] = __builtin_shuffle(v[i], v[i + n / 2], lower) + __builtin_shuffle(v[i], v[i + n / 2], upper);
+  return v[0];
+}
+
+// What the gradient's kernel keeps for a tile.
+template <class M>
+struct SparseGradient {
+  typename M::Real* g;     // [batch panel][tile][PW]
+  typename M::Real* bias;  // [tile]
+  i64 tile;
+};
+
+// dW of kLanes inputs from `k` on.
+template <class M>
+WIDEHEAD_INLINE void add_row_weight(const DenseContext& ctx, const SparseGradient<M>& q, SparseRow<M>& r, i64 c,
+                                    i64 k) {
+  using Real = typename M::Real;
+  constexpr i64 kP = Tile<M>::kP, kLanes = kP / 2;
+  const i64 count = at_most(kLanes, ctx.fan_in - k), panels = ceil_div(ctx.batch, kP);
+  const int32_t* inputs = r.inputs + k;
+  Vec<Real> sums[kLanes] = {};
+  for (i64 panel = 0; panel < panels; ++panel) {
+    const Real* g = q.g + (panel * q.tile + c) * kP;
+    const Vec<Real> low = load(g), high = load(g + kLanes);
+    if (!any_nonzero(low) && !any_nonzero(high)) continue;
+    const Real* x = panel_inputs<M>(ctx, panel);
+    if (count == kLanes) {
+#pragma GCC unroll 16
+      for (i64 i = 0; i < kLanes; ++i) {
+        const Real* at = x + inputs[i] * kP;
+        sums[i] += low * load(at) + high * load(at + kLanes);
+      }
+    } else {
+      for (i64 i = 0; i < count; ++i) {
+        const Real* at = x + inputs[i] * kP;
+        sums[i] += low * load(at) + high * load(at + kLanes);
+      }
+    }
+  }
+  store(r.grad + k, sum_each<Real>(sums));
+}
+
+// dX of one class with the weights from before the step. The inputs of a class are distinct, so a few rows can be loaded
+// before the first is stored: loads that follow a store to the same place modulo 4096 wait for it.
+template <class M>
+WIDEHEAD_INLINE void add_row_hidden(const DenseContext& ctx, const SparseGradient<M>& q, const SparseRow<M>& r, i64 c,
+                                    typename M::Real* grad_hidden) {
+  using Real = typename M::Real;
+  constexpr i64 kP = Tile<M>::kP, kLanes = kP / 2, kBatch = 4;
+  for (i64 panel = 0; panel < ceil_div(ctx.batch, kP); ++panel) {
+    const Real* g = q.g + (panel * q.tile + c) * kP;
+    const Vec<Real> low = load(g), high = load(g + kLanes);
+    if (!any_nonzero(low) && !any_nonzero(high)) continue;
+    Real* dx = grad_hidden + panel * ctx.features * kP;
+    i64 k = 0;
+    for (; k + kBatch <= ctx.fan_in; k += kBatch) {
+      Real* at[kBatch];
+      Vec<Real> a[kBatch], b[kBatch];
+#pragma GCC unroll 4
+      for (i64 i = 0; i < kBatch; ++i) {
+        at[i] = dx + r.inputs[k + i] * kP;
+        const Vec<Real> w = splat(r.weight[k + i]);
+        a[i] = load(at[i]) + w * low;
+        b[i] = load(at[i] + kLanes) + w * high;
+      }
+#pragma GCC unroll 4
+      for (i64 i = 0; i < kBatch; ++i) {
+        store(at[i], a[i]);
+        store(at[i] + kLanes, b[i]);
+      }
+    }
+    for (; k < ctx.fan_in; ++k) {
+      Real* at = dx + r.inputs[k] * kP;
+      const Vec<Real> w = splat(r.weight[k]);
+      store(at, load(at) + w * low);
+      store(at + kLanes, load(at + kLanes) + w * high);
+    }
+  }
+}
+
+}  // namespace widehead::cpu::WIDEHEAD_ISA_NAME
