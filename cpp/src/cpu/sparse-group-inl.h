@@ -77,10 +77,10 @@ void read_group(const DenseContext& ctx, i64 group, Groups<M>& g) {
 template <class M>
 WIDEHEAD_INLINE void gather_inputs(const DenseContext& ctx, Groups<M>& g, i64 panel) {
   constexpr i64 kP = Tile<M>::kP, kLanes = kP / 2;
-  const typename M::Real* x = panel_inputs<M>(ctx, panel);
+  const Input<M>* x = panel_inputs<M>(ctx, panel);
   for (i64 k = 0; k < ctx.fan_in; ++k) {
-    store(g.x + k * kP, load(x + g.inputs[k] * kP));
-    store(g.x + k * kP + kLanes, load(x + g.inputs[k] * kP + kLanes));
+    store(g.x + k * kP, load_input(x + g.inputs[k] * kP));
+    store(g.x + k * kP + kLanes, load_input(x + g.inputs[k] * kP + kLanes));
   }
 }
 

@@ -31,7 +31,8 @@ DenseGeometry sparse_geometry(const DenseContext& ctx) {
   g.real_bytes = sizeof(Real);
   g.feature_major = true;
   g.partial_bytes = std::size_t{16} << 20;
-  g.columns_bytes = g.grad_bytes = size(g.padded_batch * ctx.features) * sizeof(Real);
+  g.columns_bytes = size(g.padded_batch * ctx.features) * sizeof(Input<M>);
+  g.grad_bytes = size(g.padded_batch * ctx.features) * sizeof(Real);
   const std::size_t row = size(round_up(ctx.fan_in, kP)) * (2 * sizeof(Real) + sizeof(int32_t)) + 512;
   const std::size_t per_class = size(4 * g.tile) * sizeof(Real) + 512;
   const std::size_t group = ctx.group_size > 1 ? groups_bytes<M>(ctx, g) : 0;
@@ -201,8 +202,8 @@ inline HeadKernels sparse_table() {
   k.geometry = [](const DenseContext& c) {
     return with_wide_mode(c.weight_dtype, [&]<class M>(M) { return sparse_geometry<M>(c); });
   };
-  k.pack_columns = [](const DenseContext& c, const DenseGeometry& g, i64 block) {
-    with_wide_mode(c.weight_dtype, [&]<class M>(M) { pack_columns<M>(c, g, block); });
+  k.pack_columns = [](const DenseContext& c, const DenseGeometry&, i64 block) {
+    with_wide_mode(c.weight_dtype, [&]<class M>(M) { pack_inputs<M>(c, block); });
   };
   k.pack_rows = [](const DenseContext&, const DenseGeometry&, i64) {};
   k.forward = [](const DenseContext& c, const DenseGeometry& g, i64 first, i64 end, ForwardPartial& p, void* scratch) {

@@ -49,14 +49,54 @@ WIDEHEAD_INLINE void read_row(const DenseContext& ctx, i64 cls, SparseRow<M>& r)
   }
 }
 
+// How hidden lies in memory: beside bfloat16 weights it is rounded to bfloat16 anyway, and half the bytes are half the
+// cache lines, which bound the products.
+template <class M, bool kHalf = sizeof(typename M::Weight) == 2>
+struct InputOf {
+  using type = typename M::Real;
+};
+template <class M>
+struct InputOf<M, true> {
+  using type = uint16_t;
+};
+template <class M>
+using Input = typename InputOf<M>::type;
+
+template <class Real>
+WIDEHEAD_INLINE Vec<Real> load_input(const Real* x) {
+  return load(x);
+}
+WIDEHEAD_INLINE Vec<float> load_input(const uint16_t* x) { return load_bf16(x); }
+
 // The inputs of one panel of examples, [feature][PW].
 template <class M>
-WIDEHEAD_INLINE const typename M::Real* panel_inputs(const DenseContext& ctx, i64 panel) {
-  return static_cast<const typename M::Real*>(ctx.packed_columns) + panel * ctx.features * Tile<M>::kP;
+WIDEHEAD_INLINE const Input<M>* panel_inputs(const DenseContext& ctx, i64 panel) {
+  return static_cast<const Input<M>*>(ctx.packed_columns) + panel * ctx.features * Tile<M>::kP;
+}
+
+// Packs the examples of one block.
+template <class M>
+void pack_inputs(const DenseContext& ctx, i64 block) {
+  constexpr i64 kP = Tile<M>::kP, kBlock = Shape<M>::kBlock;
+  using Real = typename M::Real;
+  auto* row = static_cast<Real*>(__builtin_malloc(static_cast<std::size_t>(ctx.features) * sizeof(Real)));
+  for (i64 b = block * kBlock; b < at_most((block + 1) * kBlock, round_up(ctx.batch, kP)); ++b) {
+    auto* out = static_cast<Input<M>*>(ctx.packed_columns) + b / kP * ctx.features * kP + b % kP;
+    if (b < ctx.batch) read_hidden<M>(ctx, b, row);
+    for (i64 k = 0; k < ctx.features; ++k) {
+      const Real x = b < ctx.batch ? row[k] : Real{0};
+      if constexpr (sizeof(typename M::Weight) == 2) {
+        out[k * kP] = bf16_nearest(x);
+      } else {
+        out[k * kP] = x;
+      }
+    }
+  }
+  __builtin_free(row);
 }
 
 template <class M, int kVectors>
-WIDEHEAD_INLINE void row_logits(const DenseContext& ctx, const SparseRow<M>& r, const typename M::Real* x,
+WIDEHEAD_INLINE void row_logits(const DenseContext& ctx, const SparseRow<M>& r, const Input<M>* x,
                                 typename M::Real* z) {
   using Real = typename M::Real;
   constexpr i64 kP = Tile<M>::kP, kLanes = kP / 2;
@@ -64,15 +104,15 @@ WIDEHEAD_INLINE void row_logits(const DenseContext& ctx, const SparseRow<M>& r, 
   Vec<Real> even[kVectors] = {}, odd[kVectors] = {};
   i64 k = 0;
   for (; k + 1 < ctx.fan_in; k += 2) {
-    const Real *a = x + r.inputs[k] * kP, *b = x + r.inputs[k + 1] * kP;
+    const Input<M>*a = x + r.inputs[k] * kP, *b = x + r.inputs[k + 1] * kP;
     const Vec<Real> wa = splat(r.weight[k]), wb = splat(r.weight[k + 1]);
     for (int v = 0; v < kVectors; ++v) {
-      even[v] += wa * load(a + v * kLanes);
-      odd[v] += wb * load(b + v * kLanes);
+      even[v] += wa * load_input(a + v * kLanes);
+      odd[v] += wb * load_input(b + v * kLanes);
     }
   }
   if (k < ctx.fan_in)
-    for (int v = 0; v < kVectors; ++v) even[v] += splat(r.weight[k]) * load(x + r.inputs[k] * kP + v * kLanes);
+    for (int v = 0; v < kVectors; ++v) even[v] += splat(r.weight[k]) * load_input(x + r.inputs[k] * kP + v * kLanes);
   for (int v = 0; v < kVectors; ++v) store(z + v * kLanes, even[v] + odd[v]);
 }
 
@@ -81,7 +121,7 @@ template <class M>
 void sparse_logits(const DenseContext& ctx, const Tile<M>& t, SparseRow<M>& r, i64 panel, typename M::Real* z,
                    int vectors) {
   constexpr i64 kP = Tile<M>::kP;
-  const typename M::Real* x = panel_inputs<M>(ctx, panel);
+  const Input<M>* x = panel_inputs<M>(ctx, panel);
   for (i64 c = 0; c < t.count; ++c) {
     read_row<M>(ctx, t.first + c, r);
     if (vectors == 2) {
@@ -144,17 +184,17 @@ WIDEHEAD_INLINE void add_row_weight(const DenseContext& ctx, const SparseGradien
     const Real* g = q.g + (panel * q.tile + c) * kP;
     const Vec<Real> low = load(g), high = load(g + kLanes);
     if (!any_nonzero(low) && !any_nonzero(high)) continue;
-    const Real* x = panel_inputs<M>(ctx, panel);
+    const Input<M>* x = panel_inputs<M>(ctx, panel);
     if (count == kLanes) {
 #pragma GCC unroll 16
       for (i64 i = 0; i < kLanes; ++i) {
-        const Real* at = x + inputs[i] * kP;
-        sums[i] += low * load(at) + high * load(at + kLanes);
+        const Input<M>* at = x + inputs[i] * kP;
+        sums[i] += low * load_input(at) + high * load_input(at + kLanes);
       }
     } else {
       for (i64 i = 0; i < count; ++i) {
-        const Real* at = x + inputs[i] * kP;
-        sums[i] += low * load(at) + high * load(at + kLanes);
+        const Input<M>* at = x + inputs[i] * kP;
+        sums[i] += low * load_input(at) + high * load_input(at + kLanes);
       }
     }
   }
