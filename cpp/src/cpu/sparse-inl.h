@@ -43,14 +43,14 @@ DenseGeometry sparse_geometry(const DenseContext& ctx) {
 }
 
 // The products of one task, by rows or by groups.
-template <class M>
+template <class M, class Index>
 class Products {
  public:
   using Real = typename M::Real;
   static constexpr i64 kP = Tile<M>::kP;
 
   Products(const DenseContext& ctx, const DenseGeometry& geometry, Carve& carve)
-      : ctx_(ctx), grouped_(ctx.group_size > 1), row_(carve_row<M>(ctx, carve)) {
+      : ctx_(ctx), grouped_(ctx.group_size > 1), row_(carve_row<M, Index>(ctx, carve)) {
     if (!grouped_) return;
     groups_ = carve_groups<M>(ctx, geometry, carve);
     // Places past the fan-in are multiplied too; their products are not used, but NaN would spread.
@@ -64,7 +64,7 @@ class Products {
     if (grouped_) {
       group_logits<M>(ctx_, t, groups_, panel, z, vectors);
     } else {
-      sparse_logits<M>(ctx_, t, row_, panel, z, vectors);
+      sparse_logits<M, Index>(ctx_, t, row_, panel, z, vectors);
     }
   }
   // Groups: all of the tile at once.
@@ -80,28 +80,28 @@ class Products {
       if (want_weight) read_group_grad<M>(ctx_, groups_, c, row_.grad);
       return row_.grad;
     }
-    read_row<M>(ctx_, t.first + c, row_);
+    read_row<M, Index>(ctx_, t.first + c, row_);
     if (want_weight)
-      for (i64 k = 0; k < ctx_.fan_in; k += kP / 2) add_row_weight<M>(ctx_, q, row_, c, k);
-    if (grad_hidden) add_row_hidden<M>(ctx_, q, row_, c, grad_hidden);
+      for (i64 k = 0; k < ctx_.fan_in; k += kP / 2) add_row_weight<M, Index>(ctx_, q, row_, c, k);
+    if (grad_hidden) add_row_hidden<M, Index>(ctx_, q, row_, c, grad_hidden);
     return row_.grad;
   }
 
  private:
   const DenseContext& ctx_;
   bool grouped_;
-  SparseRow<M> row_;
+  SparseRow<M, Index> row_;
   Groups<M> groups_{};
 };
 
 // Calls f(tile, b0, z, vectors) with the finished logits of every panel of examples, tile after tile.
-template <class M, class F>
+template <class M, class Index, class F>
 void for_each_sparse_panel(const DenseContext& ctx, const DenseGeometry& g, i64 first_tile, i64 end_tile, void* scratch,
                            F f) {
   constexpr i64 kP = Tile<M>::kP;
   Carve carve{static_cast<char*>(scratch)};
   Tile<M> t = carve_sparse_tile<M>(g, carve);
-  Products<M> products(ctx, g, carve);
+  Products<M, Index> products(ctx, g, carve);
   auto* z = carve.take<typename M::Real>((g.tile + kRowStep) * kP);
   for (i64 index = first_tile; index < end_tile; ++index) {
     place_tile<M>(ctx, t, g.tile, index);
@@ -115,13 +115,13 @@ void for_each_sparse_panel(const DenseContext& ctx, const DenseGeometry& g, i64 
   }
 }
 
-template <class M>
+template <class M, class Index>
 void sparse_backward(const DenseContext& ctx, const DenseGeometry& geometry, BackwardTask& task, void* scratch) {
   using Real = typename M::Real;
   constexpr i64 kP = Tile<M>::kP;
   Carve carve{static_cast<char*>(scratch)};
   Tile<M> t = carve_sparse_tile<M>(geometry, carve);
-  Products<M> products(ctx, geometry, carve);
+  Products<M, Index> products(ctx, geometry, carve);
   SparseGradient<M> q{};
   q.tile = geometry.tile;
   q.g = carve.take<Real>(geometry.tile * geometry.padded_batch + kRowStep * kP);
@@ -164,18 +164,18 @@ void sparse_backward(const DenseContext& ctx, const DenseGeometry& geometry, Bac
   }
 }
 
-template <class M>
+template <class M, class Index>
 void sparse_scores(const DenseContext& ctx, i64 first, i64 end, const i64* classes, i64 n, AnyMatrix out) {
   using Real = typename M::Real;
   const auto size = static_cast<std::size_t>(round_up(ctx.fan_in, Tile<M>::kP)) * (2 * sizeof(Real) + 4) + 512;
   auto* h = static_cast<Real*>(__builtin_malloc(static_cast<std::size_t>(ctx.features) * sizeof(Real) + size + 64));
   Carve carve{reinterpret_cast<char*>(h + ctx.features)};
-  SparseRow<M> r = carve_row<M>(ctx, carve);
+  SparseRow<M, Index> r = carve_row<M, Index>(ctx, carve);
   for (i64 b = first; b < end; ++b) {
     read_hidden<M>(ctx, b, h);
     for (i64 j = 0; j < n; ++j) {
       const i64 c = classes[b * n + j];
-      read_row<M>(ctx, c, r);
+      read_row<M, Index>(ctx, c, r);
       Real z = 0;
       for (i64 k = 0; k < ctx.fan_in; ++k) z += r.weight[k] * h[r.inputs[k]];
       if (ctx.bias) z += bias_of<Real>(ctx, c);
@@ -196,6 +196,17 @@ WIDEHEAD_INLINE auto with_wide_mode(Dtype weight, F f) {
   if (weight == Dtype::bf16) return f(ModeBf16Wide{});
   return f(ModeF32{});
 }
+// Calls f with the mode and an index.
+template <class F>
+WIDEHEAD_INLINE void with_mode_and_index(const DenseContext& ctx, F f) {
+  with_wide_mode(ctx.weight_dtype, [&]<class M>(M mode) {
+    if (ctx.index_dtype == Dtype::u16) {
+      f(mode, uint16_t{});
+    } else {
+      f(mode, int32_t{});
+    }
+  });
+}
 
 inline HeadKernels sparse_table() {
   HeadKernels k{};
@@ -207,30 +218,31 @@ inline HeadKernels sparse_table() {
   };
   k.pack_rows = [](const DenseContext&, const DenseGeometry&, i64) {};
   k.forward = [](const DenseContext& c, const DenseGeometry& g, i64 first, i64 end, ForwardPartial& p, void* scratch) {
-    with_wide_mode(c.weight_dtype, [&]<class M>(M) {
-      for_each_sparse_panel<M>(c, g, first, end, scratch, [&](const Tile<M>& t, i64 b0, auto* z, int vectors) {
+    with_mode_and_index(c, [&]<class M, class Index>(M, Index) {
+      for_each_sparse_panel<M, Index>(c, g, first, end, scratch, [&](const Tile<M>& t, i64 b0, auto* z, int vectors) {
         accumulate_losses<M>(c, t, b0, z, vectors, p);
       });
     });
   };
   k.backward = [](const DenseContext& c, const DenseGeometry& g, BackwardTask& task, void* scratch) {
-    with_wide_mode(c.weight_dtype, [&]<class M>(M) { sparse_backward<M>(c, g, task, scratch); });
+    with_mode_and_index(c, [&]<class M, class Index>(M, Index) { sparse_backward<M, Index>(c, g, task, scratch); });
   };
   k.topk = [](const DenseContext& c, const DenseGeometry& g, TopKTask& task, void* scratch) {
-    with_wide_mode(c.weight_dtype, [&]<class M>(M) {
-      for_each_sparse_panel<M>(
+    with_mode_and_index(c, [&]<class M, class Index>(M, Index) {
+      for_each_sparse_panel<M, Index>(
           c, g, task.first_tile, task.end_tile, scratch,
           [&](const Tile<M>& t, i64 b0, auto* z, int vectors) { best_of_panel<M>(c, task, t, b0, z, vectors); });
     });
   };
   k.logits = [](const DenseContext& c, const DenseGeometry& g, i64 first, i64 end, AnyMatrix out, void* scratch) {
-    with_wide_mode(c.weight_dtype, [&]<class M>(M) {
-      for_each_sparse_panel<M>(c, g, first, end, scratch,
-                               [&](const Tile<M>& t, i64 b0, auto* z, int) { write_panel<M>(c, t, b0, z, out); });
+    with_mode_and_index(c, [&]<class M, class Index>(M, Index) {
+      for_each_sparse_panel<M, Index>(
+          c, g, first, end, scratch, [&](const Tile<M>& t, i64 b0, auto* z, int) { write_panel<M>(c, t, b0, z, out); });
     });
   };
   k.scores = [](const DenseContext& c, i64 first, i64 end, const i64* classes, i64 n, AnyMatrix out) {
-    with_wide_mode(c.weight_dtype, [&]<class M>(M) { sparse_scores<M>(c, first, end, classes, n, out); });
+    with_mode_and_index(
+        c, [&]<class M, class Index>(M, Index) { sparse_scores<M, Index>(c, first, end, classes, n, out); });
   };
   return k;
 }

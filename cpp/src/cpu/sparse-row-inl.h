@@ -7,45 +7,33 @@
 
 namespace widehead::cpu::WIDEHEAD_ISA_NAME {
 
-// One class's inputs and weights, widened.
-template <class M>
+// One class's inputs and weights, where they lie if they lie there as numbers of the arithmetic.
+template <class M, class Index>
 struct SparseRow {
-  int32_t* inputs;           // [K]
-  typename M::Real* weight;  // [K]
-  typename M::Real* grad;    // [K]
-  i64 group = -1;            // whose inputs these are
+  const Index* inputs;             // [K]
+  const typename M::Real* weight;  // [K]
+  typename M::Real* wide;          // [K] room for weights that must be widened
+  typename M::Real* grad;          // [K]
 };
 
-template <class M>
-SparseRow<M> carve_row(const DenseContext& ctx, Carve& carve) {
+template <class M, class Index>
+SparseRow<M, Index> carve_row(const DenseContext& ctx, Carve& carve) {
   const i64 n = round_up(ctx.fan_in, Tile<M>::kP);
-  SparseRow<M> r{};
-  r.inputs = carve.take<int32_t>(n);
-  r.weight = carve.take<typename M::Real>(n);
+  SparseRow<M, Index> r{};
+  r.wide = carve.take<typename M::Real>(n);
   r.grad = carve.take<typename M::Real>(n);
-  r.group = -1;
   return r;
 }
 
-template <class M>
-WIDEHEAD_INLINE void read_row(const DenseContext& ctx, i64 cls, SparseRow<M>& r) {
-  const i64 group = cls / ctx.group_size;
-  if (group != r.group) {
-    r.group = group;
-    const i64 at = group * ctx.index_stride;
-    if (ctx.index_dtype == Dtype::u16) {
-      for (i64 k = 0; k < ctx.fan_in; ++k) r.inputs[k] = static_cast<const uint16_t*>(ctx.index)[at + k];
-    } else {
-      for (i64 k = 0; k < ctx.fan_in; ++k) r.inputs[k] = static_cast<const int32_t*>(ctx.index)[at + k];
-    }
-  }
+template <class M, class Index>
+WIDEHEAD_INLINE void read_row(const DenseContext& ctx, i64 cls, SparseRow<M, Index>& r) {
+  r.inputs = static_cast<const Index*>(ctx.index) + cls / ctx.group_size * ctx.index_stride;
   const auto* w = static_cast<const typename M::Weight*>(ctx.weight) + cls * ctx.weight_stride;
-  for (i64 k = 0; k < ctx.fan_in; ++k) {
-    if constexpr (sizeof(typename M::Weight) == 2) {
-      r.weight[k] = bf16_float(w[k]);
-    } else {
-      r.weight[k] = w[k];
-    }
+  if constexpr (sizeof(typename M::Weight) == 2) {
+    widen(w, r.wide, ctx.fan_in);
+    r.weight = r.wide;
+  } else {
+    r.weight = w;
   }
 }
 
@@ -95,8 +83,8 @@ void pack_inputs(const DenseContext& ctx, i64 block) {
   __builtin_free(row);
 }
 
-template <class M, int kVectors>
-WIDEHEAD_INLINE void row_logits(const DenseContext& ctx, const SparseRow<M>& r, const Input<M>* x,
+template <class M, int kVectors, class Index>
+WIDEHEAD_INLINE void row_logits(const DenseContext& ctx, const SparseRow<M, Index>& r, const Input<M>* x,
                                 typename M::Real* z) {
   using Real = typename M::Real;
   constexpr i64 kP = Tile<M>::kP, kLanes = kP / 2;
@@ -104,7 +92,7 @@ WIDEHEAD_INLINE void row_logits(const DenseContext& ctx, const SparseRow<M>& r, 
   Vec<Real> even[kVectors] = {}, odd[kVectors] = {};
   i64 k = 0;
   for (; k + 1 < ctx.fan_in; k += 2) {
-    const Input<M>*a = x + r.inputs[k] * kP, *b = x + r.inputs[k + 1] * kP;
+    const Input<M>*a = x + i64{r.inputs[k]} * kP, *b = x + i64{r.inputs[k + 1]} * kP;
     const Vec<Real> wa = splat(r.weight[k]), wb = splat(r.weight[k + 1]);
     for (int v = 0; v < kVectors; ++v) {
       even[v] += wa * load_input(a + v * kLanes);
@@ -112,13 +100,14 @@ WIDEHEAD_INLINE void row_logits(const DenseContext& ctx, const SparseRow<M>& r, 
     }
   }
   if (k < ctx.fan_in)
-    for (int v = 0; v < kVectors; ++v) even[v] += splat(r.weight[k]) * load_input(x + r.inputs[k] * kP + v * kLanes);
+    for (int v = 0; v < kVectors; ++v)
+      even[v] += splat(r.weight[k]) * load_input(x + i64{r.inputs[k]} * kP + v * kLanes);
   for (int v = 0; v < kVectors; ++v) store(z + v * kLanes, even[v] + odd[v]);
 }
 
 // Z panel of the tile.
-template <class M>
-void sparse_logits(const DenseContext& ctx, const Tile<M>& t, SparseRow<M>& r, i64 panel, typename M::Real* z,
+template <class M, class Index>
+void sparse_logits(const DenseContext& ctx, const Tile<M>& t, SparseRow<M, Index>& r, i64 panel, typename M::Real* z,
                    int vectors) {
   constexpr i64 kP = Tile<M>::kP;
   const Input<M>* x = panel_inputs<M>(ctx, panel);
@@ -172,13 +161,13 @@ struct SparseGradient {
 };
 
 // dW of kLanes inputs from `k` on.
-template <class M>
-WIDEHEAD_INLINE void add_row_weight(const DenseContext& ctx, const SparseGradient<M>& q, SparseRow<M>& r, i64 c,
+template <class M, class Index>
+WIDEHEAD_INLINE void add_row_weight(const DenseContext& ctx, const SparseGradient<M>& q, SparseRow<M, Index>& r, i64 c,
                                     i64 k) {
   using Real = typename M::Real;
   constexpr i64 kP = Tile<M>::kP, kLanes = kP / 2;
   const i64 count = at_most(kLanes, ctx.fan_in - k), panels = ceil_div(ctx.batch, kP);
-  const int32_t* inputs = r.inputs + k;
+  const Index* inputs = r.inputs + k;
   Vec<Real> sums[kLanes] = {};
   for (i64 panel = 0; panel < panels; ++panel) {
     const Real* g = q.g + (panel * q.tile + c) * kP;
@@ -188,12 +177,12 @@ WIDEHEAD_INLINE void add_row_weight(const DenseContext& ctx, const SparseGradien
     if (count == kLanes) {
 #pragma GCC unroll 16
       for (i64 i = 0; i < kLanes; ++i) {
-        const Input<M>* at = x + inputs[i] * kP;
+        const Input<M>* at = x + i64{inputs[i]} * kP;
         sums[i] += low * load_input(at) + high * load_input(at + kLanes);
       }
     } else {
       for (i64 i = 0; i < count; ++i) {
-        const Input<M>* at = x + inputs[i] * kP;
+        const Input<M>* at = x + i64{inputs[i]} * kP;
         sums[i] += low * load_input(at) + high * load_input(at + kLanes);
       }
     }
@@ -203,9 +192,9 @@ WIDEHEAD_INLINE void add_row_weight(const DenseContext& ctx, const SparseGradien
 
 // dX of one class with the weights from before the step. The inputs of a class are distinct, so a few rows can be loaded
 // before the first is stored: loads that follow a store to the same place modulo 4096 wait for it.
-template <class M>
-WIDEHEAD_INLINE void add_row_hidden(const DenseContext& ctx, const SparseGradient<M>& q, const SparseRow<M>& r, i64 c,
-                                    typename M::Real* grad_hidden) {
+template <class M, class Index>
+WIDEHEAD_INLINE void add_row_hidden(const DenseContext& ctx, const SparseGradient<M>& q, const SparseRow<M, Index>& r,
+                                    i64 c, typename M::Real* grad_hidden) {
   using Real = typename M::Real;
   constexpr i64 kP = Tile<M>::kP, kLanes = kP / 2, kBatch = 4;
   for (i64 panel = 0; panel < ceil_div(ctx.batch, kP); ++panel) {
@@ -219,7 +208,7 @@ WIDEHEAD_INLINE void add_row_hidden(const DenseContext& ctx, const SparseGradien
       Vec<Real> a[kBatch], b[kBatch];
 #pragma GCC unroll 4
       for (i64 i = 0; i < kBatch; ++i) {
-        at[i] = dx + r.inputs[k + i] * kP;
+        at[i] = dx + i64{r.inputs[k + i]} * kP;
         const Vec<Real> w = splat(r.weight[k + i]);
         a[i] = load(at[i]) + w * low;
         b[i] = load(at[i] + kLanes) + w * high;
@@ -231,7 +220,7 @@ WIDEHEAD_INLINE void add_row_hidden(const DenseContext& ctx, const SparseGradien
       }
     }
     for (; k < ctx.fan_in; ++k) {
-      Real* at = dx + r.inputs[k] * kP;
+      Real* at = dx + i64{r.inputs[k]} * kP;
       const Vec<Real> w = splat(r.weight[k]);
       store(at, load(at) + w * low);
       store(at + kLanes, load(at + kLanes) + w * high);
