@@ -120,12 +120,23 @@ WIDEHEAD_INLINE Words load(const uint32_t* p) {
   return *reinterpret_cast<const Unaligned*>(p);
 }
 WIDEHEAD_INLINE Words splat(uint32_t x) { return x + Words{}; }
+// By intrinsics where there are some: GCC 12 takes the conversion of a whole vector apart.
 WIDEHEAD_INLINE Words load_words(const uint16_t* p) {
+#if WIDEHEAD_VECTOR_BYTES == 64
+  return (Words)_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif WIDEHEAD_VECTOR_BYTES == 32
+  return (Words)_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
   return __builtin_convertvector(*reinterpret_cast<const HalfWidthUnaligned*>(p), Words);
+#endif
 }
 WIDEHEAD_INLINE Vec<float> load_bf16(const uint16_t* p) { return (Vec<float>)(load_words(p) << 16); }
 WIDEHEAD_INLINE void store_halves(uint16_t* p, Words w) {
+#if WIDEHEAD_VECTOR_BYTES == 64
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16((__m512i)w));
+#else
   *reinterpret_cast<HalfWidthUnaligned*>(p) = __builtin_convertvector(w, HalfWidth);
+#endif
 }
 // Round to nearest even; NaN keeps a quiet bit.
 WIDEHEAD_INLINE Words bf16_bits(Vec<float> x) {
