@@ -8,8 +8,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from . import _core
-from ._arrays import from_bfloat16, stored
+from ._arrays import stored
 from ._core import DtypeError, ShapeError
+from ._dense import DenseHead
 from ._output import OutputHead, checked_class_weight
 from .files import HeadFile
 from .options import SparseOptions, check_fan_in
@@ -207,14 +208,26 @@ class SparseHead(OutputHead):
             _core.draw_index(index=index[old:], in_features=self.in_features, seed=self.seed, first_row=old)
         self._index, self.class_weight = index, weights
 
-    def to_dense(self) -> NDArray:
-        """The weights at their inputs, `[n_classes, in_features]` float32 (float64): n_classes * in_features numbers,
-        for checks on small heads."""
-        weight = from_bfloat16(self._weight) if self.dtype == "bfloat16" else self._weight
-        dense = np.zeros((self.n_classes, self.in_features), weight.dtype)
-        inputs = np.repeat(self._index.astype(np.int64), self.options.group_size, axis=0)[: self.n_classes]
-        np.put_along_axis(dense, inputs, weight, 1)
-        return dense
+    def to_dense(self) -> DenseHead:
+        """The same function as a `DenseHead`, for checks: a copy with n_classes * in_features weights, nearly all 0."""
+        o = self.options
+        head = DenseHead(
+            self.in_features,
+            self.n_classes,
+            loss=o.loss,
+            label_smoothing=o.label_smoothing,
+            ignore_index=o.ignore_index,
+            class_weight=self.class_weight,
+            lse_penalty=o.lse_penalty,
+            bias=self._bias is not None,
+            reduction=o.reduction,
+            dtype=self.dtype,
+        )
+        inputs = np.repeat(self._index.astype(np.int64), o.group_size, axis=0)[: self.n_classes]
+        head.weight[...] = 0
+        np.put_along_axis(head.weight, inputs, self._weight, 1)
+        head.bias = self._bias
+        return head
 
     def state_dict(self) -> dict[str, NDArray]:
         """The parameters by name, not copied."""
