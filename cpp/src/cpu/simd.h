@@ -92,6 +92,24 @@ WIDEHEAD_INLINE uint32_t greater_mask(Vec<double> a, Vec<double> b) {
   return m;
 }
 
+// Whether some a[i] is not zero; NaN is not.
+WIDEHEAD_INLINE bool any_nonzero(Vec<float> a) {
+#if WIDEHEAD_VECTOR_BYTES == 64
+  return _mm512_cmp_ps_mask((__m512)a, _mm512_setzero_ps(), _CMP_NEQ_UQ) != 0;
+#elif WIDEHEAD_VECTOR_BYTES == 32
+  return _mm256_movemask_ps(_mm256_cmp_ps((__m256)a, _mm256_setzero_ps(), _CMP_NEQ_UQ)) != 0;
+#else
+  bool any = false;
+  for (int i = 0; i < Simd<float>::kLanes; ++i) any = any || a[i] != 0;
+  return any;
+#endif
+}
+WIDEHEAD_INLINE bool any_nonzero(Vec<double> a) {
+  bool any = false;
+  for (int i = 0; i < Simd<double>::kLanes; ++i) any = any || a[i] != 0;
+  return any;
+}
+
 // bfloat16 <-> float32, a vector at a time.
 typedef uint16_t HalfWidth __attribute__((vector_size(WIDEHEAD_VECTOR_BYTES / 2)));
 typedef uint16_t HalfWidthUnaligned __attribute__((vector_size(WIDEHEAD_VECTOR_BYTES / 2), aligned(2), may_alias));
