@@ -83,7 +83,7 @@ def test_rewiring_by_hand_carries_all_state(state: str) -> None:
                     want[c, k] = origin[c, where[source]]
         assert torch.equal(value, want)
     fresh = head.weight.detach() == 0
-    assert int(fresh.sum()) >= 0.2 * D * K
+    assert 0.2 * D * K <= int(fresh.sum()) <= 0.3 * D * K
 
 
 def test_rewiring_modes_and_draws() -> None:

@@ -21,7 +21,7 @@ from torch.library import opcheck  # noqa: E402
 
 from test_torch_dense import B, D, assert_near, make_batch, make_labels  # noqa: E402
 from test_torch_dense import d as H  # noqa: E402
-from test_torch_optim import FUSED, PLAIN, same, snapshot, unchanged  # noqa: E402
+from test_torch_optim import FUSED, PLAIN, Net, same, snapshot, unchanged  # noqa: E402
 from widehead import BackendError, DtypeError, FileError, LabelError, Labels, NonFiniteError, ShapeError  # noqa: E402
 from widehead import numpy as whnp  # noqa: E402
 from widehead.torch import FusedAdam, FusedSGD, SparseHead, sparse_ops  # noqa: E402
@@ -235,7 +235,7 @@ def test_compiled_training_equals_eager(fused: bool) -> None:
         step = torch.compile(lambda x, y, head=head: head(x, y).loss, fullgraph=True) if compiled else (
             lambda x, y, head=head: head(x, y).loss
         )  # fmt: skip
-        before, found = head.index.long(), []
+        before, found, graphs = head.index.long(), [], []
         for i in range(4):
             hidden, _ = make_batch("cpu")
             optimizer.zero_grad()
@@ -245,7 +245,9 @@ def test_compiled_training_equals_eager(fused: bool) -> None:
             if not fused and i % 2:
                 head.rewire(optimizer=optimizer)
             found.append(loss.item())
+            graphs.append(torch._dynamo.utils.counters["stats"].get("unique_graphs", 0))
         losses.append(found)
+        assert not compiled or (graphs[0] > 0 and len(set(graphs)) == 1)
         assert not torch.equal(before, head.index.long())
     assert losses[0] == pytest.approx(losses[1])
     assert_near(heads[0].weight.detach(), heads[1].weight.detach(), 1e-9)
@@ -537,3 +539,21 @@ def test_no_logits_in_memory(fused: bool) -> None:
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=True)
     assert 0 < float(done.stdout) < 6.4 * (4 if fused else 8) + 64
+
+
+def test_data_parallel(tmp_path: Path) -> None:
+    """One rank is enough to see that the index, which cannot be sent, is left out."""
+    if not torch.distributed.is_available():
+        pytest.skip("torch was built without torch.distributed")
+    parallel = nn.parallel.DistributedDataParallel
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        net = Net(make_head())
+        parallel._set_params_and_buffers_to_ignore_for_model(net, ["head.index"])
+        hidden, target = make_batch("cpu")
+        parallel(net)(hidden, target).backward()
+        want = make_head()
+        want(net.body(hidden), target).loss.backward()
+        assert torch.equal(net.head.weight.grad, want.weight.grad)
+    finally:
+        torch.distributed.destroy_process_group()

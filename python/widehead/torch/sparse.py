@@ -60,6 +60,10 @@ class SparseHead(Head):
 
     Training in plain mode gives `weight.grad` `[D, K]` and `bias.grad` for any torch optimiser; `FusedSGD` and
     `FusedAdam` update inside backward, and their step() rewires.
+
+    DistributedDataParallel cannot send torch.uint16, and need not: the same seed gives every rank the same index, and
+    the same `step=` the same rewiring. Before wrapping `net` with a head at `net.head` call
+    `DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(net, ["head.index"])`.
     """
 
     kind: ClassVar[str] = "SparseHead"
