@@ -330,6 +330,16 @@ def test_index_written_by_hand_is_looked_at() -> None:
             use()
 
 
+def test_index_of_another_type_takes_the_head_s(tmp_path: Path) -> None:
+    head = make_head(torch.float32)
+    want = head.index
+    head.index = head.index.int()
+    head.save(tmp_path / "head")
+    assert torch.equal(SparseHead.load(tmp_path / "head").index, want)
+    head(*make_batch("cpu", torch.float32))
+    assert head.index.dtype == torch.uint16 and torch.equal(head.index, want)
+
+
 def test_seeds() -> None:
     a, b, c = SparseHead(H, D, K), SparseHead(H, D, K, seed=0), SparseHead(H, D, K, seed=1)
     theirs = whnp.SparseHead(H, D, K)

@@ -4,6 +4,8 @@
     loss.backward()       # the head's weights are updated here
     optimizer.step()      # counts the step; refuses nothing, moves nothing
 
+After some steps that of a `SparseHead` also moves connections to other inputs.
+
 They own their heads' weights: `requires_grad` is False, and a plain torch optimiser trains the rest of the network.
 What needs the whole gradient before the step is out of reach: gradient accumulation and double backward are refused
 with an error, and gradient clipping must leave the head out (`clip_grad_norm_(backbone.parameters(), ...)`: the head

@@ -117,8 +117,7 @@ class SparseHead(Head):
         self.weight = nn.Parameter(torch.empty(n_classes, fan_in, device=device, dtype=dtype))
         bias_dtype = torch.promote_types(dtype, torch.float32)
         self.bias = nn.Parameter(torch.empty(n_classes, device=device, dtype=bias_dtype)) if bias else None
-        kind = torch.uint16 if in_features <= MAX_UINT16 else torch.int32
-        self.register_buffer("index", torch.empty(self._groups, fan_in, device=device, dtype=kind))
+        self.register_buffer("index", torch.empty(self._groups, fan_in, device=device, dtype=self._index_dtype))
         if not self.weight.is_meta:
             self._move_options(self.weight.device)
             self.reset_parameters()
@@ -126,6 +125,10 @@ class SparseHead(Head):
     @property
     def _groups(self) -> int:
         return -(-self.n_classes // self.options.group_size)
+
+    @property
+    def _index_dtype(self) -> torch.dtype:
+        return torch.uint16 if self.in_features <= MAX_UINT16 else torch.int32
 
     @torch.no_grad()
     def reset_parameters(self, seed: int | None = None) -> None:
@@ -142,7 +145,7 @@ class SparseHead(Head):
             self.bias.fill_(self.options.first_bias(self.n_classes))
 
     def _drawn(self, rows: int, first_row: int) -> Tensor:
-        index = torch.empty(rows, self.options.fan_in, dtype=self.index.dtype, device="cpu")
+        index = torch.empty(rows, self.options.fan_in, dtype=self._index_dtype, device="cpu")
         if rows:
             _core.draw_index(index=index.numpy(), in_features=self.in_features, seed=self.seed, first_row=first_row)
         return index
@@ -195,7 +198,8 @@ class SparseHead(Head):
         self._check_index()
         moved = self._move(state, step, arguments)
         for tensor in (self.weight, self.index, *state.values()):
-            torch.autograd.graph.increment_version(tensor)  # a graph that has kept it must not be walked any more
+            if not tensor.is_inference():
+                torch.autograd.graph.increment_version(tensor)  # a graph that has kept it must not be walked any more
         self.weight.grad = None
         self._mark_index()
         return moved
@@ -320,7 +324,7 @@ class SparseHead(Head):
         )[2]  # fmt: skip
 
     def _named(self) -> dict[str, Tensor]:
-        return {**super()._named(), "index": self.index}
+        return {**super()._named(), "index": self._checked(self.index)}
 
     def _adopt(self, name: str, tensor: Tensor) -> None:
         if name == "index":
@@ -336,11 +340,11 @@ class SparseHead(Head):
         if list(index.shape) != want:
             raise ShapeError(f"index: expected shape {want}, got {list(index.shape)}")
         if index.is_meta:
-            return index.to(self.index.dtype)
+            return index.to(self._index_dtype)
         # Looked at before the narrowing, which could make a wrong number a right one.
         wide = index if index.dtype in (torch.uint16, torch.int32) else index.long().clamp(-1, self.in_features).int()
         _core.check_index(index=wide.detach().cpu().contiguous().numpy(), in_features=self.in_features)
-        return index.to(self.index.dtype)
+        return index.to(self._index_dtype)
 
     def _check_index(self) -> None:
         """The core reads where the index says: one that has been written to since the last look is looked at again."""
@@ -348,7 +352,7 @@ class SparseHead(Head):
             return
         seen, version = self._seen or (None, 0)
         if seen is not self.index or version != _version(self.index):
-            self._checked(self.index)
+            self.index = self._checked(self.index)
             self._mark_index()
 
     def _mark_index(self) -> None:
