@@ -21,13 +21,14 @@ Self = TypeVar("Self", bound="Head")
 
 
 class Head:
-    """Parameters `weight` `[n_classes, in_features]` and `bias` `[n_classes]`, and their life in files.
+    """Parameters `weight` `[n_classes, columns]` and `bias` `[n_classes]`, and their life in files.
 
     A subclass sets its options in `_configure`, which takes the constructor's arguments, and lists in `_config` those
     that go into a file; tensors among them go by `_option_tensors`.
     """
 
     kind: ClassVar[str]
+    integers: ClassVar[frozenset[str]] = frozenset()  # parameters that are whole numbers, not bfloat16, in uint16
     in_features: int
     n_classes: int
     dtype: str
@@ -35,7 +36,10 @@ class Head:
     _weight: NDArray
     _bias: NDArray | None
 
-    def _allocate(self, in_features: int, n_classes: int, bias: bool, dtype: str, seed: int) -> None:
+    def _allocate(
+        self, in_features: int, n_classes: int, bias: bool, dtype: str, seed: int, columns: int | None = None
+    ) -> None:
+        """columns: of the weight; None: in_features."""
         for name, value in (("in_features", in_features), ("n_classes", n_classes)):
             if not isinstance(value, int | np.integer) or value < 1:
                 raise ShapeError(f"{name}: expected an integer of at least 1, got {value!r}")
@@ -44,24 +48,28 @@ class Head:
         self.dtype = choose(dtype, tuple(STORED), "dtype")
         kept: np.dtype[Any] = STORED[dtype]
         self.in_features, self.n_classes, self.seed = int(in_features), int(n_classes), int(seed)
-        self._weight = np.empty((self.n_classes, self.in_features), kept)
-        # A bfloat16 head keeps its bias in float32: it is 1 / in_features of the memory, and rounding it would cost
+        self._weight = np.empty((self.n_classes, columns or self.in_features), kept)
+        # A bfloat16 head keeps its bias in float32: it is one number a class, and rounding it would cost
         # accuracy.
         self._bias = np.zeros(self.n_classes, np.float64 if dtype == "float64" else np.float32) if bias else None
         self.steps = 0
         self._optimizer = OptimizerState()
 
     def reset_parameters(self) -> None:
-        """Weights uniform in [-1, 1) / sqrt(in_features), the same for the same seed on every machine; bias zero."""
+        """Weights uniform in [-1, 1) / sqrt(columns of weight), the same for the same seed on every machine; the first
+        bias."""
         self._fill(0)
         if self._bias is not None:
-            self._bias[:] = 0
+            self._bias[:] = self._first_bias()
         self.steps = 0
         self.reset_optimizer()
 
     def _fill(self, first: int) -> None:
-        bound = 1.0 / np.sqrt(self.in_features)
+        bound = 1.0 / np.sqrt(self._weight.shape[1])
         _core.init_uniform(out=self._weight[first:], low=-bound, high=bound, seed=self.seed, first_row=first)
+
+    def _first_bias(self) -> float:
+        return 0.0
 
     def reset_optimizer(self) -> None:
         """Forgets the optimiser's state; the next step may use another optimiser."""
@@ -69,7 +77,7 @@ class Head:
 
     @property
     def weight(self) -> NDArray:
-        """`[n_classes, in_features]`, not a copy. A bfloat16 head's is uint16 (`widehead.numpy.from_bfloat16` reads
+        """`[n_classes, columns]`, not a copy. A bfloat16 head's is uint16 (`widehead.numpy.from_bfloat16` reads
         it)."""
         return self._weight
 
@@ -105,12 +113,13 @@ class Head:
         if not isinstance(n_classes, int | np.integer) or n_classes < self.n_classes:
             raise ShapeError(f"n_classes: expected an integer of at least {self.n_classes}, got {n_classes!r}")
         old, self.n_classes = self.n_classes, int(n_classes)
-        weight = np.empty((self.n_classes, self.in_features), self._weight.dtype)
+        weight = np.empty((self.n_classes, self._weight.shape[1]), self._weight.dtype)
         weight[:old] = self._weight
         self._weight = weight
         self._fill(old)
         if self._bias is not None:
-            self._bias = np.concatenate([self._bias, np.zeros(self.n_classes - old, self._bias.dtype)])
+            fresh = np.full(self.n_classes - old, self._first_bias(), self._bias.dtype)
+            self._bias = np.concatenate([self._bias, fresh])
         self._optimizer.grow(self.n_classes)
 
     def _configure(self, in_features: int, n_classes: int, **options: Any) -> None:
@@ -137,7 +146,7 @@ class Head:
         if optimizer:
             state["optimizer"] = {"name": self._optimizer.name, "step": self._optimizer.step}
             tensors |= {_OPTIMIZER + name: array for name, array in self._optimizer.arrays.items()}
-        return HeadFile(self.kind, self._config(), tensors, state)
+        return HeadFile(self.kind, self._config(), tensors, state, set(self.integers))
 
     @classmethod
     def load(cls: type[Self], path: str | os.PathLike[str]) -> Self:
@@ -159,7 +168,8 @@ class Head:
     def _from_file(cls: type[Self], file: HeadFile) -> Self:
         head = cls.__new__(cls)
         tensors = dict(file.tensors)
-        parameters: dict[str, NDArray] = {name: tensors.pop(name) for name in ("weight", "bias") if name in tensors}
+        names = ("weight", "bias", *cls.integers)
+        parameters: dict[str, NDArray] = {name: tensors.pop(name) for name in names if name in tensors}
         moments = {name: tensors.pop(name) for name in list(tensors) if name.startswith(_OPTIMIZER)}
         config = dict(file.config)
         if config.get("dtype") == "float16":
@@ -169,6 +179,8 @@ class Head:
         head._configure(config.pop("in_features"), config.pop("n_classes"), **head._options_from_file(config, tensors))
         for name, like in head.state_dict().items():
             array = parameters.pop(name)
+            if array.dtype == np.uint16 and (name in file.integers) != (name in cls.integers):
+                raise DtypeError(f"{name}: expected {'uint16' if name in cls.integers else 'bfloat16'}, got the other")
             # The bias may come in any of the types that the core takes: PyTorch's bfloat16 heads have it in bfloat16.
             if array.shape != like.shape or array.dtype not in (STORED.values() if name == "bias" else [like.dtype]):
                 raise DtypeError(

@@ -7,7 +7,8 @@ tensors' bytes. The metadata of the header holds `widehead` (the format's versio
 `bias`, options that are arrays by the names of their arguments (`class_weight`, `proposal`), and moments as
 `optimizer.<name>`, which a reader may pass over.
 
-NumPy has no bfloat16: arrays of uint16 stand for it, here as everywhere in widehead.
+NumPy has no bfloat16: arrays of uint16 stand for it, here as everywhere in widehead, but for the tensors that
+`integers` names (the `index` of a sparse head), whose data type in the file is U16.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from ._core import Error
 VERSION = 1
 
 _CODES = {"float32": "F32", "float64": "F64", "float16": "F16", "uint16": "BF16", "int64": "I64", "int32": "I32"}
-_DTYPES = {code: np.dtype(name) for name, code in _CODES.items()}
+_DTYPES = {code: np.dtype(name) for name, code in _CODES.items()} | {"U16": np.dtype(np.uint16)}
 _MAX_HEADER = 100_000_000  # the limit of the safetensors format
 
 
@@ -39,13 +40,14 @@ class FileError(Error, ValueError):
 
 @dataclass
 class HeadFile:
-    """A saved head: `kind` and `config` say how to build it, `tensors` and `state` what it has learnt (uint16 is
-    bfloat16)."""
+    """A saved head: `kind` and `config` say how to build it, `tensors` and `state` what it has learnt. uint16 is
+    bfloat16, except in the tensors that `integers` names."""
 
     kind: str
     config: dict[str, Any]
     tensors: dict[str, NDArray] = field(default_factory=dict)
     state: dict[str, Any] = field(default_factory=dict)
+    integers: set[str] = field(default_factory=set)
 
 
 def save_head(path: str | os.PathLike[str], head: HeadFile) -> None:
@@ -63,7 +65,9 @@ def save_head(path: str | os.PathLike[str], head: HeadFile) -> None:
         if array.dtype.name not in _CODES:
             raise FileError(f"{path}: tensor {name!r} has data type {array.dtype}, which head files do not hold")
         end = offset + array.nbytes
-        entries[name] = {"dtype": _CODES[array.dtype.name], "shape": list(array.shape), "data_offsets": [offset, end]}
+        whole = name in head.integers and array.dtype == np.uint16
+        code = "U16" if whole else _CODES[array.dtype.name]
+        entries[name] = {"dtype": code, "shape": list(array.shape), "data_offsets": [offset, end]}
         offset = end
     metadata = {"widehead": str(VERSION), "kind": head.kind, "config": _json(head.config), "state": _json(head.state)}
     checksum = _checksum_of_header(metadata, entries)
@@ -118,7 +122,8 @@ def load_head(path: str | os.PathLike[str], kind: str | None = None) -> HeadFile
             tensors[name] = array
     if metadata["checksum"] != f"{checksum:08x}":
         raise FileError(f"{path}: damaged: checksum {checksum:08x}, expected {metadata['checksum']}")
-    return HeadFile(metadata["kind"], config, tensors, state)
+    integers = {name for name, entry in entries.items() if entry["dtype"] == "U16"}
+    return HeadFile(metadata["kind"], config, tensors, state, integers)
 
 
 def _json(value: dict[str, Any]) -> str:

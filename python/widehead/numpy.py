@@ -3,6 +3,16 @@
 from ._arrays import from_bfloat16, to_bfloat16
 from ._dense import DenseHead
 from ._results import ForwardResult, StepResult, TopKResult
+from ._sparse import SparseHead
 from .bag import EmbeddingBag
 
-__all__ = ["DenseHead", "EmbeddingBag", "ForwardResult", "StepResult", "TopKResult", "from_bfloat16", "to_bfloat16"]
+__all__ = [
+    "DenseHead",
+    "EmbeddingBag",
+    "ForwardResult",
+    "SparseHead",
+    "StepResult",
+    "TopKResult",
+    "from_bfloat16",
+    "to_bfloat16",
+]

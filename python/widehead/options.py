@@ -1,13 +1,16 @@
-"""widehead/options.py -- the loss options of the dense head, checked once for the NumPy and the PyTorch face."""
+"""widehead/options.py -- the options of the heads, checked once for the NumPy and the PyTorch face."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from ._core import ShapeError
 
 LOSSES = ("softmax", "sampled_softmax", "bce", "squared_hinge")
+SPARSE_LOSSES = ("squared_hinge", "bce", "softmax")
+REWIRE_MODES = ("magnitude_global", "magnitude_row", "threshold")
 REDUCTIONS = ("none", "mean", "sum")
 
 
@@ -30,23 +33,11 @@ class DenseOptions:
 
     def __post_init__(self) -> None:
         choose(self.loss, LOSSES, "loss")
-        choose(self.reduction, REDUCTIONS, "reduction")
-        if not 0.0 <= self.label_smoothing <= 1.0:
-            raise ShapeError(f"label_smoothing: expected a number in [0, 1], got {self.label_smoothing}")
-        between(self.lse_penalty, 0.0, math.inf, "lse_penalty")
         if self.softcap is not None and not 0.0 < self.softcap < math.inf:
             raise ShapeError(f"softcap: expected None or a positive number, got {self.softcap}")
         if self.filter_eps is not None:
             between(self.filter_eps, 0.0, 1.0, "filter_eps")
-        softmax = self.loss in ("softmax", "sampled_softmax")
-        given = {"lse_penalty": self.lse_penalty, "softcap": self.softcap, "filter_eps": self.filter_eps}
-        for name, value in given.items():
-            if value and not softmax:
-                raise ShapeError(
-                    f"{name}: expected nothing with loss={self.loss!r}, got {value}: it belongs to softmax"
-                )
-        if self.label_smoothing and self.loss != "softmax":
-            raise ShapeError(f"label_smoothing: expected 0 with loss={self.loss!r}, got {self.label_smoothing}")
+        _check_loss(self, softcap=self.softcap, filter_eps=self.filter_eps)
         if (self.negatives is not None) != (self.loss == "sampled_softmax"):
             wanted = "an integer of at least 1" if self.loss == "sampled_softmax" else "None"
             raise ShapeError(f"negatives: expected {wanted} with loss={self.loss!r}, got {self.negatives}")
@@ -57,6 +48,112 @@ class DenseOptions:
     def core_loss(self) -> str:
         """The loss's name in the core, where sampled softmax is softmax over the sampled classes."""
         return "softmax" if self.loss == "sampled_softmax" else self.loss
+
+
+@dataclass(frozen=True)
+class SparseOptions:
+    """Options of `SparseHead` that are plain numbers and names; None means off.
+
+    Raises:
+        ShapeError: an unknown name, a number out of its range, or an option that loss or mode has no place for.
+    """
+
+    fan_in: int = 32
+    loss: str = "squared_hinge"
+    group_size: int = 1
+    rewire_mode: str = "magnitude_global"
+    rewire_every: int | None = 1000
+    rewire_fraction: float = 0.1
+    rewire_end: int | None = None
+    rewire_threshold: float | None = None
+    rewire_keep_value: bool = False
+    prior: float | None = None
+    label_smoothing: float = 0.0
+    ignore_index: int = -100
+    lse_penalty: float = 0.0
+    reduction: str = "mean"
+
+    def __post_init__(self) -> None:
+        choose(self.loss, SPARSE_LOSSES, "loss")
+        _check_loss(self)
+        whole(self.fan_in, 1, "fan_in")
+        whole(self.group_size, 1, "group_size")
+        whole(self.rewire_every or 0, 0, "rewire_every")
+        if self.rewire_end is not None:
+            whole(self.rewire_end, 1, "rewire_end")
+        check_rewiring(self.rewire_mode, self.rewire_fraction, self.rewire_threshold)
+        if self.prior is not None and not (self.loss == "bce" and 0.0 < self.prior < 1.0):
+            wanted = "a number in (0, 1)" if self.loss == "bce" else "None"
+            raise ShapeError(f"prior: expected {wanted} with loss={self.loss!r}, got {self.prior}")
+
+    @property
+    def core_loss(self) -> str:
+        return self.loss
+
+    def first_bias(self, n_classes: int) -> float:
+        """-1 for squared hinge, as nearly all classes of an example are negatives; log-odds of the prior for bce."""
+        if self.loss == "squared_hinge":
+            return -1.0
+        if self.loss == "softmax":
+            return 0.0
+        prior = 1.0 / max(n_classes, 2) if self.prior is None else self.prior
+        return math.log(prior / (1.0 - prior))
+
+    def fraction_after(self, step: int) -> float | None:
+        """The fraction of connections that moves once `step` steps are done; None: no rewiring then."""
+        if not self.rewire_every or step % self.rewire_every:
+            return None
+        if self.rewire_end is None:
+            return self.rewire_fraction
+        if step >= self.rewire_end:
+            return None
+        return self.rewire_fraction * 0.5 * (1.0 + math.cos(math.pi * step / self.rewire_end))
+
+    def rewiring(self, fraction: float | None, mode: str | None, threshold: float | None) -> dict[str, Any]:
+        """The core's arguments of one rewiring; what is None is taken from here."""
+        mode = self.rewire_mode if mode is None else mode
+        fraction = self.rewire_fraction if fraction is None else float(fraction)
+        if threshold is None and mode == "threshold":
+            threshold = self.rewire_threshold
+        check_rewiring(mode, fraction, threshold)
+        keep = self.rewire_keep_value
+        return {"mode": mode, "fraction": fraction, "threshold": threshold or 0.0, "keep_value": keep}
+
+
+def check_rewiring(mode: str, fraction: float, threshold: float | None) -> None:
+    choose(mode, REWIRE_MODES, "rewire_mode")
+    if not 0.0 <= fraction <= 1.0:
+        raise ShapeError(f"rewire_fraction: expected a number in [0, 1], got {fraction}")
+    if (threshold is not None) != (mode == "threshold") or not 0.0 <= (threshold or 0.0) < math.inf:
+        wanted = "a number of at least 0" if mode == "threshold" else "None"
+        raise ShapeError(f"rewire_threshold: expected {wanted} with rewire_mode={mode!r}, got {threshold}")
+
+
+def check_fan_in(fan_in: int, in_features: int) -> None:
+    if fan_in > in_features:
+        raise ShapeError(f"fan_in: expected 1 to in_features = {in_features}, got {fan_in}")
+
+
+def _check_loss(options: DenseOptions | SparseOptions, **softmax_only: float | None) -> None:
+    """What the heads' losses share; `softmax_only` are more options that belong to softmax."""
+    choose(options.reduction, REDUCTIONS, "reduction")
+    if not 0.0 <= options.label_smoothing <= 1.0:
+        raise ShapeError(f"label_smoothing: expected a number in [0, 1], got {options.label_smoothing}")
+    between(options.lse_penalty, 0.0, math.inf, "lse_penalty")
+    if options.core_loss != "softmax":
+        for name, value in {"lse_penalty": options.lse_penalty, **softmax_only}.items():
+            if value:
+                raise ShapeError(
+                    f"{name}: expected nothing with loss={options.loss!r}, got {value}: it belongs to softmax"
+                )
+    if options.label_smoothing and options.loss != "softmax":
+        raise ShapeError(f"label_smoothing: expected 0 with loss={options.loss!r}, got {options.label_smoothing}")
+
+
+def whole(value: int, low: int, argument: str) -> None:
+    """Raises ShapeError unless value is an integer of at least `low`."""
+    if not hasattr(value, "__index__") or isinstance(value, bool) or value < low:
+        raise ShapeError(f"{argument}: expected an integer of at least {low}, got {value!r}")
 
 
 def choose(value: str, names: tuple[str, ...], argument: str) -> str:

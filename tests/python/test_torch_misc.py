@@ -314,13 +314,14 @@ def test_module_surface(device: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from /proc")
 @pytest.mark.parametrize("fused", [False, True])
 def test_no_logits_in_memory(fused: bool) -> None:
     """B x D float32 would be 400 MB; the weights are 13 MB, and so is their gradient in plain mode."""
     script = f"""
-        import resource, torch
+        import torch
         from widehead.torch import DenseHead, FusedAdam
-        peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        peak = lambda: int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) / 1024
         def step(n_classes, rows):
             head = DenseHead(16, n_classes)
             optimizer = FusedAdam(head, lr=0.1) if {fused} else torch.optim.SGD(head.parameters(), lr=0.1)
@@ -331,7 +332,7 @@ def test_no_logits_in_memory(fused: bool) -> None:
         step(1000, 8)
         before = peak()
         step(200_000, 512)
-        print(peak() - before)
+        print(peak() - before)  # ru_maxrss would begin at the peak of the process that started this one
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=True)
-    assert float(done.stdout) < 13 * (3 if fused else 2) + 64
+    assert 0 < float(done.stdout) < 13 * (3 if fused else 2) + 64

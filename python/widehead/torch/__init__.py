@@ -5,5 +5,16 @@ from __future__ import annotations
 from ._head import Head, HeadOutput, HeadOutputLse, TopK
 from .heads import DenseHead
 from .optim import FusedAdam, FusedOptimizer, FusedSGD
+from .sparse import SparseHead
 
-__all__ = ["DenseHead", "FusedAdam", "FusedOptimizer", "FusedSGD", "Head", "HeadOutput", "HeadOutputLse", "TopK"]
+__all__ = [
+    "DenseHead",
+    "FusedAdam",
+    "FusedOptimizer",
+    "FusedSGD",
+    "Head",
+    "HeadOutput",
+    "HeadOutputLse",
+    "SparseHead",
+    "TopK",
+]

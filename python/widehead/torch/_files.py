@@ -21,13 +21,17 @@ def to_array(tensor: Tensor) -> NDArray[Any]:
     return host.view(torch.uint16).numpy() if host.dtype == torch.bfloat16 else host.numpy()
 
 
-def to_tensor(array: NDArray[Any], device: Any = None) -> Tensor:
-    bits = torch.from_numpy(array.view(np.int16)).view(torch.bfloat16) if array.dtype == np.uint16 else None
-    return (torch.from_numpy(array) if bits is None else bits).to(device)
+def to_tensor(array: NDArray[Any], device: Any = None, integer: bool = False) -> Tensor:
+    """integer: whether an array of uint16 holds integers, not the bits of bfloat16."""
+    bits = array.dtype == np.uint16 and not integer
+    tensor = torch.from_numpy(array.view(np.int16)).view(torch.bfloat16) if bits else torch.from_numpy(array)
+    return tensor.to(device)
 
 
-def take_parameters(tensors: dict[str, NDArray[Any]], like: dict[str, Tensor], device: Any) -> dict[str, Tensor]:
-    """The parameters in a file's tensors, checked against a head's own.
+def take_parameters(
+    tensors: dict[str, NDArray[Any]], like: dict[str, Tensor], device: Any, integers: set[str]
+) -> dict[str, Tensor]:
+    """The parameters in a file's tensors, checked against a head's own. `integers`: see `HeadFile`.
 
     Raises:
         ShapeError, DtypeError: one is missing, left over, or of another shape or type. Optimiser state is passed over.
@@ -35,7 +39,7 @@ def take_parameters(tensors: dict[str, NDArray[Any]], like: dict[str, Tensor], d
     found = {name: array for name, array in tensors.items() if not name.startswith("optimizer.")}
     if set(found) != set(like):
         raise ShapeError(f"expected the tensors {sorted(like)}, got {sorted(found)}")
-    taken = {name: to_tensor(array, device) for name, array in found.items()}
+    taken = {name: to_tensor(array, device, name in integers) for name, array in found.items()}
     for name, tensor in taken.items():
         # A bias may be in any type that the core takes.
         kinds = [torch.float32, torch.bfloat16, torch.float64] if name == "bias" else [like[name].dtype]

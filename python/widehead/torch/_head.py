@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from widehead import _core
 from widehead._core import BackendError, DtypeError, Error, NonFiniteError, ShapeError
 from widehead.files import FileError, HeadFile, load_head, save_head
 from widehead.options import REDUCTIONS, choose
@@ -59,6 +60,7 @@ class Head(nn.Module):
     option_tensors: ClassVar[frozenset[str]] = frozenset({"class_weight"})
     weight: nn.Parameter
     bias: nn.Parameter | None
+    seed: int
 
     def __init__(
         self,
@@ -192,7 +194,9 @@ class Head(nn.Module):
         `torch.save(optimizer.state_dict(), ...)` keeps that.
         """
         self.check()
-        tensors = {name: to_array(tensor) for name, tensor in {**self._named(), **self._option_tensors()}.items()}
+        kept = {**self._named(), **self._option_tensors()}
+        tensors = {name: to_array(tensor) for name, tensor in kept.items()}
+        integers = {name for name, tensor in kept.items() if tensor.dtype == torch.uint16}
         config = {
             "in_features": self.in_features,
             "n_classes": self.n_classes,
@@ -203,7 +207,7 @@ class Head(nn.Module):
             "dtype": NAMES[self.weight.dtype],
             **self._config(),
         }
-        save_head(path, HeadFile(self.kind, config, tensors))
+        save_head(path, HeadFile(self.kind, config, tensors, integers=integers))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: Any = None) -> Self:
@@ -220,8 +224,8 @@ class Head(nn.Module):
             dtype = DTYPES[config.pop("dtype")]
             build: Any = cls  # the constructor of the subclass, with its own options
             head: Self = build(config.pop("in_features"), config.pop("n_classes"), dtype=dtype, device="meta", **config)
-            for name, tensor in take_parameters(tensors, head._named(), device).items():
-                setattr(head, name, nn.Parameter(tensor))
+            for name, tensor in take_parameters(tensors, head._named(), device, file.integers).items():
+                head._adopt(name, tensor)
         except (Error, KeyError, TypeError, ValueError) as error:
             reason = f"no {error}" if isinstance(error, KeyError) else str(error)
             raise FileError(f"{path}: a saved {cls.kind} that this version cannot build: {reason}") from error
@@ -239,6 +243,28 @@ class Head(nn.Module):
 
     def _named(self) -> dict[str, Tensor]:
         return {"weight": self.weight} if self.bias is None else {"weight": self.weight, "bias": self.bias}
+
+    def _adopt(self, name: str, tensor: Tensor) -> None:
+        """Takes one of `_named` from a file."""
+        setattr(self, name, nn.Parameter(tensor))
+
+    def _fill(self, out: Tensor, first_row: int) -> None:
+        """The first weights of rows from `first_row` on: uniform in [-1, 1) / sqrt(columns)."""
+        bound = 1.0 / math.sqrt(out.shape[1])
+        where, gpu = _device.capsule(out), _device.gpu_of(out)
+        _core.init_uniform(out=where, low=-bound, high=bound, seed=self.seed, first_row=first_row, gpu=gpu)
+
+    def _grow_parameters(self, n_classes: int, first_bias: float = 0.0) -> None:
+        """Weight, bias and the state of a fused optimiser for `n_classes`, the new rows as in a new head."""
+        old, self.n_classes = self.n_classes, int(n_classes)
+        weight = self.weight.new_empty(n_classes, self.weight.shape[1])
+        weight[:old] = self.weight
+        self._fill(weight[old:], old)
+        _replace(self.weight, weight)
+        if self.bias is not None:
+            _replace(self.bias, torch.cat([self.bias, self.bias.new_full((n_classes - old,), first_bias)]))
+        if self._owner is not None:
+            self._owner.optimizer.grow(self._owner, old)
 
     def enter_ownership(self, owner: Owner) -> None:
         self._owner, self._anchor, self._control = owner, owner.anchor, owner.control
@@ -372,6 +398,11 @@ class Head(nn.Module):
     def _option_tensors(self) -> dict[str, Tensor]:
         """Those of `option_tensors` that this head has."""
         return {} if self.class_weight is None else {"class_weight": self.class_weight}
+
+
+def _replace(parameter: Tensor, value: Tensor) -> None:
+    parameter.grad = None
+    parameter.data = value.detach()
 
 
 def check(condition: bool, message: str) -> None:

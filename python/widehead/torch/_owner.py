@@ -50,6 +50,14 @@ class Owner:
         """What the core needs to know of the optimiser's next step on this head: numbers, names and state tensors."""
         return self.optimizer.core_update(self)
 
+    def slots(self) -> dict[str, Tensor]:
+        """The optimiser's state of the head's weight that has a number a weight, by the core's names."""
+        return self.optimizer.slots(self)
+
+    def steps(self) -> int:
+        """How many steps the optimiser has taken on this head."""
+        return self.optimizer.steps(self)
+
     def scaler(self) -> Any | None:
         scaler = self.optimizer.grad_scaler
         return scaler if scaler is not None and scaler.is_enabled() else None

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from widehead import _core
 from widehead.options import LOSSES, DenseOptions
 from widehead.sampling import IGNORED
 
@@ -118,11 +116,6 @@ class DenseHead(Head):
         if self.bias is not None:
             self.bias.zero_()
 
-    def _fill(self, out: Tensor, first_row: int) -> None:
-        bound = 1.0 / math.sqrt(self.in_features)
-        where, gpu = _device.capsule(out), _device.gpu_of(out)
-        _core.init_uniform(out=where, low=-bound, high=bound, seed=self.seed, first_row=first_row, gpu=gpu)
-
     def _losses(self, rows: Tensor, target: Target) -> tuple[Tensor, Tensor, Tensor]:
         anchor, control = (self._anchor, self._control) if self.training else (None, None)
         if self.loss == "sampled_softmax" and self.training:
@@ -220,20 +213,7 @@ class DenseHead(Head):
         if self.proposal is not None:
             self._adopt_proposal(checked_proposal(self.proposal.name if proposal is None else proposal, n_classes))
         self.class_weight = None if weights is None else weights.to(self.weight.device)
-        old, self.n_classes = self.n_classes, int(n_classes)
-        weight = self.weight.new_empty(n_classes, self.in_features)
-        weight[:old] = self.weight
-        self._fill(weight[old:], old)
-        self._replace(self.weight, weight)
-        if self.bias is not None:
-            self._replace(self.bias, torch.cat([self.bias, self.bias.new_zeros(n_classes - old)]))
-        if self._owner is not None:
-            self._owner.optimizer.grow(self._owner, old)
-
-    @staticmethod
-    def _replace(parameter: Tensor, value: Tensor) -> None:
-        parameter.grad = None
-        parameter.data = value.detach()
+        self._grow_parameters(n_classes)
 
     def _move_options(self, device: torch.device) -> None:
         super()._move_options(device)

@@ -4,6 +4,8 @@
     loss.backward()       # the head's weights are updated here
     optimizer.step()      # counts the step; refuses nothing, moves nothing
 
+After some steps that of a `SparseHead` also moves connections to other inputs.
+
 They own their heads' weights: `requires_grad` is False, and a plain torch optimiser trains the rest of the network.
 What needs the whole gradient before the step is out of reach: gradient accumulation and double backward are refused
 with an error, and gradient clipping must leave the head out (`clip_grad_norm_(backbone.parameters(), ...)`: the head
@@ -163,14 +165,25 @@ class FusedOptimizer(torch.optim.Optimizer):
             **self._core_options(group),
             **self._counted(head.weight, group["lr"]),
         }
-        for names, parameter in ((("first", "second"), head.weight), (("bias_first", "bias_second"), head.bias)):
-            if parameter is not None:
-                state = self._state_of(parameter)
-                for name, key in zip(names, self._moments(group), strict=False):
-                    update[name] = state[key]
-        if group["rounding"] == "kahan" and head.weight.dtype in HALVES:
-            update["compensation"] = self._state_of(head.weight)["compensation"]
+        update |= self.slots(owner)
+        if head.bias is not None:
+            state = self._state_of(head.bias)
+            for name, key in zip(("bias_first", "bias_second"), self._moments(group), strict=False):
+                update[name] = state[key]
         return update
+
+    def slots(self, owner: Owner) -> dict[str, Tensor]:
+        """State of the head's weight that has its shape, by the core's names."""
+        head, group = owner.head, self.param_groups[owner.group_index]
+        state = self._state_of(head.weight)
+        slots = {name: state[key] for name, key in zip(("first", "second"), self._moments(group), strict=False)}
+        if group["rounding"] == "kahan" and head.weight.dtype in HALVES:
+            slots["compensation"] = state["compensation"]
+        return slots
+
+    def steps(self, owner: Owner) -> int:
+        """Steps taken on the head; waits for a GPU."""
+        return int(self._state_of(owner.head.weight)["step"])
 
     def _counted(self, weight: nn.Parameter, lr: float | Tensor) -> dict[str, Any]:
         """Learning rate and step. On a GPU the step, and a learning rate that is a tensor there, are read by the
