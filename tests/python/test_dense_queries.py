@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -402,7 +403,7 @@ def test_results_do_not_depend_on_tiles(cuda: str) -> None:
     )
     results = set()
     for bytes_of_l2 in ("4096", "65536", "8388608"):
-        env = {"WIDEHEAD_EMULATED_L2": bytes_of_l2, "PYTHONPATH": ":".join(sys.path)}
+        env = {**os.environ, "WIDEHEAD_EMULATED_L2": bytes_of_l2, "PYTHONPATH": ":".join(sys.path)}
         run = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, check=True)
         results.add(run.stdout)
     assert len(results) == 1 and len(results.pop().strip()) == 64
