@@ -140,7 +140,7 @@ void backward(const DenseBackward& args, Scratch& scratch) {
   batch.begin(args.target);
   const Report report = batch.report();
   if (args.update) {
-    check_finite(device, args.layer.hidden, Argument::hidden, report);
+    check_finite(device, batch.factor(), Argument::hidden, report);
     launch_scalars(device, *args.update, args.layer.weight.dtype, step);
   }
   prepare_gradients(args, batch.targets, batch.weight_sum, args.update != nullptr, report, gradients, largest);
