@@ -85,8 +85,11 @@ __global__ void __launch_bounds__(FusedTile<W, kD>::kThreads, FusedTile<W, kD>::
 #pragma unroll
             for (int e = 0; e < 2; ++e) {
               const float z = s[r / 2][n][r % 2 * 2 + e];
-              if (kLoss != Loss::softmax) part_aux += class_loss<kLoss>(z);
-              if (kLoss == Loss::softmax && first + step + Tile::column(n, e) < end) part_aux += z;
+              if (kLoss == Loss::softmax) {
+                if (first + step + Tile::column(n, e) < end) part_aux += z;
+              } else if (z != -INFINITY) {  // the loss is 0 there; more registers without the branch
+                part_aux += class_loss<kLoss>(z);
+              }
             }
           kahan_add(aux[r], aux_lost[r], part_aux);
         }
