@@ -151,7 +151,7 @@ class Backward {
     tiles_.batch.begin(args_.target);
     const Report report = tiles_.batch.report();
     if (args_.update) {
-      check_finite(args_.device, args_.layer.hidden, Argument::hidden, report);
+      check_finite(args_.device, tiles_.batch.factor(), Argument::hidden, report);
       launch_scalars(args_.device, *args_.update, args_.layer.weight.dtype, step_);
     }
     prepare_gradients(args_, tiles_.batch.targets, tiles_.batch.weight_sum, args_.update != nullptr, report, gradients_,

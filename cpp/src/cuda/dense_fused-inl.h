@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(FusedTile<W, kD>::kThreads, FusedTile<W, kD>::
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
             const i64 c = first + step + Tile::column(n, e);
-            // Past the end there are zeros; minus infinity drops out of every sum below.
+            // Past the end there are zeros; minus infinity drops out of every sum below but that of the logits.
             const float shift = c >= end ? -INFINITY : p.bias ? p.bias[c] : 0.0f;
 #pragma unroll
             for (int t = 0; t < Tile::kRowTiles; ++t) {
@@ -85,7 +85,11 @@ __global__ void __launch_bounds__(FusedTile<W, kD>::kThreads, FusedTile<W, kD>::
 #pragma unroll
             for (int e = 0; e < 2; ++e) {
               const float z = s[r / 2][n][r % 2 * 2 + e];
-              if (z != -INFINITY) part_aux += kLoss == Loss::softmax ? z : class_loss<kLoss>(z);
+              if (kLoss == Loss::softmax) {
+                if (first + step + Tile::column(n, e) < end) part_aux += z;
+              } else if (z != -INFINITY) {  // the loss is 0 there; more registers without the branch
+                part_aux += class_loss<kLoss>(z);
+              }
             }
           kahan_add(aux[r], aux_lost[r], part_aux);
         }
@@ -169,13 +173,14 @@ __global__ void __launch_bounds__(FusedTile<W, kD>::kThreads, FusedTile<W, kD>::
     for (int step = 0; step < kStreamRows && first + step < end; step += kStep) {
       typename Tile::Scores s;
       tile.score(stream, step, s);
-      if (p.bias) {
+      if (p.bias || first + step + kStep > end) {
 #pragma unroll
         for (int n = 0; n < kStep / 8; ++n)
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
             const i64 c = first + step + Tile::column(n, e);
-            const float shift = c < end ? p.bias[c] : 0.0f;
+            // Past the end: with a low lse the exponential of a logit of 0 is infinite, and infinity times 0 is NaN.
+            const float shift = c >= end ? -INFINITY : p.bias ? p.bias[c] : 0.0f;
 #pragma unroll
             for (int t = 0; t < Tile::kRowTiles; ++t) {
               s[t][n][e] += shift;
@@ -183,7 +188,7 @@ __global__ void __launch_bounds__(FusedTile<W, kD>::kThreads, FusedTile<W, kD>::
             }
           }
       }
-      // Classes past the end have rows of zeros: whatever their gradient, they add nothing.
+      // Classes past the end have rows of zeros: whatever their gradient, as long as it is finite, they add nothing.
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
         const int at = target[r] - static_cast<int>(first - begin) - step;

@@ -130,8 +130,8 @@ __global__ void prepare_gradients_kernel(Incoming in, LossOptions loss, i64 batc
     if (active) {
       g.loss = static_cast<Real>(l);
       g.output = static_cast<Real>(o);
-      // Bits of floats of at least 0 are ordered as integers.
-      atomicMax(reinterpret_cast<unsigned*>(largest), __float_as_uint(static_cast<float>(l < 0 ? -l : l)));
+      // Bits of floats are ordered as integers if their sign is not set; -0 has one.
+      atomicMax(reinterpret_cast<unsigned*>(largest), __float_as_uint(fabsf(static_cast<float>(l))));
     }
     if (softmax) {
       double scale = from_lse;
