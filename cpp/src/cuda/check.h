@@ -8,9 +8,14 @@
 
 namespace widehead::cuda {
 
+// `call` as it stands in the source; of it the function's name is told.
 inline void check(cudaError_t status, const char* call) {
   if (status == cudaSuccess) return;
-  throw BackendError(std::string(call) + ": " + cudaGetErrorString(status));
+  std::string text = call;
+  text = text.substr(0, text.find('(')) + ": " + cudaGetErrorString(status);
+  if (status == cudaErrorNoKernelImageForDevice || status == cudaErrorInvalidDeviceFunction)
+    text += "; this build of widehead has no code for this GPU: rebuild it with CUDAARCHS set to its architecture";
+  throw BackendError(text);
 }
 
 }  // namespace widehead::cuda
