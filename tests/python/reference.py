@@ -185,8 +185,11 @@ class Gradients:
         u = head.u
         batch, classes = g.shape
         size = np.abs(g)
-        # Products of bfloat16 heads may round the gradient of the logits to bfloat16 first.
-        used = error + (UNIT["bfloat16"] * (size + error) if head.dtype == "bfloat16" else 0.0)
+        # Products of 16-bit heads may round the gradient of the logits first: to the nearest, or below 2**-14, where
+        # halves are evenly spaced, by half of their distance.
+        used = error
+        if head.dtype in ("bfloat16", "float16"):
+            used = used + UNIT[head.dtype] * (size + error) + (2.0**-25 if head.dtype == "float16" else 0.0)
         self.dz, self.dz_error = g, error
         self.hidden = g @ head.weight
         self.hidden_error = used @ np.abs(head.weight) + u * K(classes) * (size @ np.abs(head.weight)) + TINY

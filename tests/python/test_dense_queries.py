@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -371,6 +373,21 @@ def test_topk_normaliser(place: str) -> None:
         ref, lse = case.reference(), np.empty(33, np.float32)
         topk(case, 3, exclude=[[1, 2]] * 33, lse=lse)
         within(lse, ref.lse, ref.lse_error, "lse")
+
+
+def test_threads_that_end_leave_their_cublas_handle_to_others(cuda: str) -> None:
+    if not _core.cuda_emulated:
+        pytest.skip("counted by the emulation's cuBLAS")
+    case = make((2, 12, 5), device=cuda)
+    want = logits_of(case)
+    created = ctypes.c_int.in_dll(ctypes.CDLL("libcublas.so.13"), "fake_cublas_handles")
+    before, got = created.value, []
+    for _ in range(3):
+        thread = threading.Thread(target=lambda: got.append(logits_of(case)))
+        thread.start()
+        thread.join()
+    assert before >= 1 and created.value <= before + 1
+    assert len(got) == 3 and all(np.array_equal(logits, want) for logits in got)
 
 
 def test_float16_weights_are_for_a_gpu() -> None:
