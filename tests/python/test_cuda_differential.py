@@ -385,3 +385,11 @@ def test_unfit_scratch_is_refused(dtype: str, monkeypatch: pytest.MonkeyPatch) -
             call(_core.dense_backward, "cuda", **arguments, update=update)
         assert np.array_equal(case.weight, before[0]) and np.array_equal(case.bias, before[1])
         assert (losses == 7).all() and np.array_equal(grad_hidden, np.full_like(case.hidden, 7))
+
+
+def test_float16_step_refuses_gradients_that_float16_cannot_hold() -> None:
+    case = make((5, 97, 64), dtype="float16", device="cuda", multi=False)
+    update = {"optimizer": "sgd", "lr": 1e-6, "step": 1}
+    with pytest.raises(_core.NonFiniteError, match="grad_losses"):
+        case.fused(np.full(5, 7e4, np.float32), update)
+    assert np.isfinite(case.fused(np.full(5, 6e4, np.float32), update)["weight"]).all()
