@@ -15,6 +15,7 @@ namespace widehead::cuda {
 namespace {
 
 constexpr i64 kLargestTile = 65536, kLargestChunk = 8192, kSmallestTile = 256;
+constexpr i64 kGradientBytes = i64{128} << 20;  // at most, of a tile's dW: small batches have large tiles
 
 // How batch and classes are cut: Z of one tile takes about half of the L2 cache, the factors of its product the rest.
 struct Cut {
@@ -24,11 +25,12 @@ struct Cut {
 
 Cut cut(const DenseLayer& layer, const Device& device) {
   const Hardware& h = hardware(device.index);
-  const i64 budget = h.l2_bytes / 2 / size_of(layer.weight.dtype == Dtype::f64 ? Dtype::f64 : Dtype::f32);
+  const i64 size = size_of(layer.weight.dtype == Dtype::f64 ? Dtype::f64 : Dtype::f32), budget = h.l2_bytes / 2 / size;
   const i64 batch = at_least(1, layer.hidden.rows), classes = layer.weight.rows;
   Cut c{};
   c.chunk = at_most(batch, at_most(kLargestChunk, at_least(64, budget / (2 * kSmallestTile) / 32 * 32)));
   c.tile = at_most(kLargestTile, at_least(kSmallestTile, budget / c.chunk / 128 * 128));
+  c.tile = at_most(c.tile, at_least(kSmallestTile, kGradientBytes / (size * layer.weight.cols) / 128 * 128));
   c.tile = at_most(c.tile, classes);
   c.stride = round_up(c.tile, kTileAlign);
   // Warps enough to fill the card, but at least 512 classes each.

@@ -130,6 +130,8 @@ template <Loss kLoss>
 __device__ inline float fused_gradient(float z, float lse2, float scale, float even) {
   if constexpr (kLoss == Loss::softmax) {
     return fmaf(fast_exp2(fmaf(z, kLog2E, -lse2)), scale, -even);
+  } else if constexpr (kLoss == Loss::bce) {
+    return fast_sigmoid(z) * scale;
   } else {
     return class_gradient<kLoss>(z, 0.0f, scale, 0.0f, 1.0f);
   }

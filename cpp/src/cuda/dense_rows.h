@@ -17,7 +17,7 @@ struct RowTargets {
 
 // dL/dz = p scale - even + (for targets) terms of loss and output.
 template <class Real>
-struct RowGradient {
+struct alignas(16) RowGradient {
   Real lse, scale, even, loss, output;
 };
 
