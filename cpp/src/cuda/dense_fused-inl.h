@@ -214,7 +214,7 @@ __global__ void __launch_bounds__(FusedTile<W, kD>::kThreads, FusedTile<W, kD>::
       } else {
         gradients(std::false_type{});
       }
-      // Past the end there are rows of zeros, but a gradient there can be infinite: exp(0 - lse) where lse is far below 0.
+      // Past the end there are rows of zeros, but a gradient there can be infinite: exp(0 - lse) with lse far below 0.
       if (left < kStep) {
 #pragma unroll
         for (int n = 0; n < kStep / 8; ++n)
