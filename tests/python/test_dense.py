@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dense_cases import LOSSES, SHAPES, Case, exact, make, some_shapes, weights_of_examples
+from dense_cases import LOSSES, SHAPES, Case, exact, make, some_shapes, stored, strided, weights_of_examples
 from devices import call
 from reference import UNIT, Dense, within
 from widehead import _core
@@ -124,6 +124,22 @@ def test_bounds_are_tight_enough_to_mean_something() -> None:
             check_forward(case, ref)
         with pytest.raises(AssertionError):
             check_gradients(case, ref, weights_of_examples(case))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_weight_gradients_of_other_types(unit: str, dtype: str) -> None:
+    skip_halves(unit, dtype)
+    for features in (64, 96, 257):
+        case = make((40, 300, features), dtype=dtype, device=unit)
+        scale = weights_of_examples(case)
+        lse, whole = case.forward(("lse",))["lse"], case.backward(scale)["grad_weight"]
+        for other, pad in (("float64", 0), ("bfloat16", 1), ("bfloat16", 8), ("float16", 0)):
+            if unit == "cpu" and other == "float16":
+                continue
+            out = strided(stored(np.full(whole.shape, 7, np.float32), other), pad)
+            call(_core.dense_backward, unit, **case.arguments(), lse=lse, grad_losses=scale, grad_weight=out)
+            bound = UNIT[other] * np.abs(whole) + (2.0**-25 if other == "float16" else 0.0)
+            within(exact(out), whole.astype(np.float64), bound, f"grad_weight in {other}, {features} features")
 
 
 @pytest.mark.parametrize("scale", [0.0, 30.0, 1e4])

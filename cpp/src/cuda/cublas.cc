@@ -95,8 +95,8 @@ void expect(int status, const char* what, const char* type = nullptr) {
                        " failed with status " + std::to_string(status) + " (" + words_of(status) + ")");
 }
 
-// Creating a handle allocates, which is forbidden while any thread captures a graph, unless this thread says that what it
-// allocates is no part of it.
+// Creating a handle allocates, which is forbidden while any thread captures a graph, unless this thread says that
+// what it allocates is no part of it.
 class Uncaptured {
  public:
   Uncaptured() { WIDEHEAD_CUDA_CHECK(cudaThreadExchangeStreamCaptureMode(&mode_)); }
@@ -108,8 +108,8 @@ class Uncaptured {
   cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
 };
 
-// A handle serves one thread at a time and has memory on the device: a thread keeps those it has used, and leaves them to
-// others when it ends. They are never destroyed: at the end of the process the driver may be gone before us.
+// A handle serves one thread at a time and has memory on the device: a thread keeps those it has used, and leaves them
+// to others when it ends. They are never destroyed: at the end of the process the driver may be gone before us.
 struct Idle {
   std::mutex mutex;
   std::map<int, std::vector<Handle>> handles;  // of each device

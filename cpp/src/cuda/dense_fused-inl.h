@@ -218,7 +218,7 @@ __global__ void __launch_bounds__(FusedTile<W, kD>::kThreads, FusedTile<W, kD>::
       } else {
         gradients(std::false_type{});
       }
-      // Past the end there are rows of zeros, but a gradient there can be infinite: exp(0 - lse) where lse is far below 0.
+      // Past the end there are rows of zeros, but a gradient there can be infinite: exp(0 - lse) with lse far below 0.
       if (left < kStep) {
 #pragma unroll
         for (int n = 0; n < kStep / 8; ++n)
@@ -263,15 +263,21 @@ __device__ inline void take_gradient(const StepView<W>& view, const UpdateScalar
     step8<Optimizer::sgd, false>(view, scalars, random, row, col, g, 0.0f);
   }
 }
-template <class W>
+template <class T>
+__device__ inline void put_as(void* data, i64 at, const float (&g)[8]) {
+  T x[8];
+#pragma unroll
+  for (int i = 0; i < 8; ++i) x[i] = from_float<T>(g[i]);
+  T* to = static_cast<T*>(data) + at;
+  store8(to, 8, reinterpret_cast<std::uintptr_t>(to) % 16 == 0, x);
+}
 __device__ inline void put_gradient(const AnyMatrix& out, i64 row, i64 col, const float (&g)[8]) {
-  for (int i = 0; i < 8; ++i) {
-    const i64 at = row * out.stride + col + i;
-    if (out.dtype == Dtype::f32) {
-      static_cast<float*>(out.data)[at] = g[i];
-    } else {
-      static_cast<W*>(out.data)[at] = from_float<W>(g[i]);
-    }
+  const i64 at = row * out.stride + col;
+  switch (out.dtype) {
+    case Dtype::f64: return put_as<double>(out.data, at, g);
+    case Dtype::bf16: return put_as<bf16>(out.data, at, g);
+    case Dtype::f16: return put_as<f16>(out.data, at, g);
+    default: return put_as<float>(out.data, at, g);
   }
 }
 
@@ -392,7 +398,7 @@ __global__ void __launch_bounds__(FusedTile<W, kD>::kThreads, FusedTile<W, kD>::
     if (task.to.update) {
       take_gradient(task.view, scalars, random, task.optimizer, row, col, g);
     } else if (task.to.grad_weight.data) {
-      put_gradient<W>(task.to.grad_weight, row, col, g);
+      put_gradient(task.to.grad_weight, row, col, g);
     }
   }
 }

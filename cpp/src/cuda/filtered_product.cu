@@ -20,8 +20,8 @@ __device__ inline int place(int row, int chunk) {
   return row * kWidth + ((chunk ^ (row & 7)) * 8);
 }
 
-// Starts copying a piece of kRows x kColumns elements; what lies outside of rows x columns becomes zero. A thread keeps its
-// chunk, and its rows are a multiple of 8 apart: additions are all that is left of the addresses.
+// Starts copying a piece of kRows x kColumns elements; what lies outside of rows x columns becomes zero. A thread keeps
+// its chunk, and its rows are a multiple of 8 apart: additions are all that is left of the addresses.
 template <int kRows, int kColumns, class W>
 __device__ inline void fetch(W* to, const W* from, i64 stride, i64 first_row, i64 rows, i64 first_column, i64 columns) {
   constexpr int kChunks = kColumns / 8, kApart = kThreads / kChunks;

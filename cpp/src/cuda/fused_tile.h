@@ -49,8 +49,8 @@ struct FusedTile {
   // Column of S, counted from the step's first, that holds element `i` of fragment `n`.
   __device__ static int column(int n, int i) { return n * 8 + lane() % 4 * 2 + i % 2; }
 
-  // Starts copying rows [first, first + kRows) to shared memory; what is not there becomes zero. A thread keeps its chunk,
-  // and its rows are a multiple of 8 apart: additions are all that is left of the addresses.
+  // Starts copying rows [first, first + kRows) to shared memory; what is not there becomes zero. A thread keeps its
+  // chunk, and its rows are a multiple of 8 apart: additions are all that is left of the addresses.
   template <int kRows>
   __device__ static void fetch(T* to, const RowsView<T>& from, i64 first) {
     constexpr int kApart = kThreads / kChunks;
