@@ -153,12 +153,13 @@ class Dense:
             )
             mass = mass - t * y.sum(1, keepdims=True) + r
             direct = -s * (1 - a) * y * w - s * a / classes * w + t * y
+            terms = np.abs(s) * ((1 - a) * np.abs(y) + a / classes) * w + np.abs(t * y)  # they may cancel
             g = self.p * mass + direct
             near = np.where(np.isfinite(z), np.abs(z - self.lse[:, None]), 0.0)
             relative = e + self.lse_error[:, None] + u * (32 + 2 * near)
             mass_error = np.abs(s) * 2 * self.lse_penalty * self.lse_error[:, None]
-            error = self.p * (np.abs(mass) * relative + mass_error) + 8 * u * np.abs(direct)
-            size = self.p * np.abs(mass) + np.abs(direct)
+            error = self.p * (np.abs(mass) * relative + mass_error) + 8 * u * terms
+            size = self.p * np.abs(mass) + terms
             if self.softcap:
                 zf = np.where(np.isfinite(z), z, 0.0)
                 error = error * np.abs(self.slope) + size * (2 * np.abs(zf) / self.softcap**2 * e + 16 * u)
@@ -168,7 +169,8 @@ class Dense:
             sigma = np.where(z >= 0, 1.0, tail) / (1 + tail)
             direct = -s * w * y + t * y
             g = s * w * sigma + direct
-            error = np.abs(s) * w * (sigma * (1 - sigma) * e + 16 * u * (sigma + 1e-9)) + 8 * u * np.abs(direct)
+            terms = np.abs(s) * w * np.abs(y) + np.abs(t * y)
+            error = np.abs(s) * w * (sigma * (1 - sigma) * e + 16 * u * (sigma + 1e-9)) + 8 * u * terms
         else:
             over, under = np.maximum(0.0, 1 + z), np.maximum(0.0, 1 - z)
             g = 2 * s * w * np.where(mask, -y * under, over) + t * y
@@ -183,8 +185,11 @@ class Gradients:
         u = head.u
         batch, classes = g.shape
         size = np.abs(g)
-        # Products of bfloat16 heads may round the gradient of the logits to bfloat16 first.
-        used = error + (UNIT["bfloat16"] * (size + error) if head.dtype == "bfloat16" else 0.0)
+        # Products of 16-bit heads may round the gradient of the logits first: to the nearest, or below 2**-14, where
+        # halves are evenly spaced, by half of their distance.
+        used = error
+        if head.dtype in ("bfloat16", "float16"):
+            used = used + UNIT[head.dtype] * (size + error) + (2.0**-25 if head.dtype == "float16" else 0.0)
         self.dz, self.dz_error = g, error
         self.hidden = g @ head.weight
         self.hidden_error = used @ np.abs(head.weight) + u * K(classes) * (size @ np.abs(head.weight)) + TINY

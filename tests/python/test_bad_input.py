@@ -98,7 +98,7 @@ FORWARD: list[tuple[str, Callable[[Any], Any], type[Exception], str]] = [
         "weight",
         lambda x: x.astype(np.float16),
         DtypeError,
-        "weight: expected float32, float64 or bfloat16, got float16",
+        "weight: float16 is for a GPU; on the CPU use bfloat16 or float32",
     ),
     ("weight", lambda x: x[:0], ShapeError, "weight: expected at least one class"),
     ("bias", lambda x: x[:-1], ShapeError, "bias: expected 6 elements, got 5"),

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dense_cases import LOSSES, SHAPES, Case, exact, make, some_shapes, weights_of_examples
+from dense_cases import LOSSES, SHAPES, Case, exact, make, some_shapes, stored, strided, weights_of_examples
 from devices import call
 from reference import UNIT, Dense, within
 from widehead import _core
@@ -45,8 +45,14 @@ def check(case: Case, **more: Any) -> None:
     check_gradients(case, ref, weights_of_examples(case), **more)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+def skip_halves(unit: str, dtype: str) -> None:
+    if unit == "cpu" and dtype == "float16":
+        pytest.skip("float16 weights are for a GPU")
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, "float16"])
 def test_every_shape(unit: str, dtype: str) -> None:
+    skip_halves(unit, dtype)
     shapes = SHAPES if unit == "cpu" else some_shapes(60, seed=1)
     for i, shape in enumerate(shapes):
         options = {"bias": i % 3 > 0, "pad": (0, 3, 0, 16)[i % 4], "lse_penalty": (0.0, 0.01)[i % 2]}
@@ -120,11 +126,37 @@ def test_bounds_are_tight_enough_to_mean_something() -> None:
             check_gradients(case, ref, weights_of_examples(case))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_weight_gradients_of_other_types(unit: str, dtype: str) -> None:
+    skip_halves(unit, dtype)
+    for features in (64, 96, 257):
+        case = make((40, 300, features), dtype=dtype, device=unit)
+        scale = weights_of_examples(case)
+        lse, whole = case.forward(("lse",))["lse"], case.backward(scale)["grad_weight"]
+        for other, pad in (("float64", 0), ("bfloat16", 1), ("bfloat16", 8), ("float16", 0)):
+            if unit == "cpu" and other == "float16":
+                continue
+            out = strided(stored(np.full(whole.shape, 7, np.float32), other), pad)
+            call(_core.dense_backward, unit, **case.arguments(), lse=lse, grad_losses=scale, grad_weight=out)
+            bound = UNIT[other] * np.abs(whole) + (2.0**-25 if other == "float16" else 0.0)
+            within(exact(out), whole.astype(np.float64), bound, f"grad_weight in {other}, {features} features")
+
+
 @pytest.mark.parametrize("scale", [0.0, 30.0, 1e4])
 def test_extreme_logits(unit: str, scale: float) -> None:
     for loss in ("softmax", "bce", "squared_hinge"):
         for dtype in DTYPES:
             check(make((17, 97, 16), dtype=dtype, loss=loss, scale=scale, device=unit))
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, "float16"])
+def test_logits_far_below_zero(unit: str, dtype: str) -> None:
+    """The softmax does not see a shift, but exp(0 - lse) overflows: the logit of what pads a tile is 0."""
+    skip_halves(unit, dtype)
+    for features in (64, 128, 257):
+        case = make((130, 97, features), dtype=dtype, device=unit)
+        case.bias -= 150
+        check(case)
 
 
 def far_apart(x: np.ndarray, stride: int) -> np.ndarray:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -372,6 +375,21 @@ def test_topk_normaliser(place: str) -> None:
         within(lse, ref.lse, ref.lse_error, "lse")
 
 
+def test_threads_that_end_leave_their_cublas_handle_to_others(cuda: str) -> None:
+    if not _core.cuda_emulated:
+        pytest.skip("counted by the emulation's cuBLAS")
+    case = make((2, 12, 5), device=cuda)
+    want = logits_of(case)
+    created = ctypes.c_int.in_dll(ctypes.CDLL("libcublas.so.13"), "fake_cublas_handles")
+    before, got = created.value, []
+    for _ in range(3):
+        thread = threading.Thread(target=lambda: got.append(logits_of(case)))
+        thread.start()
+        thread.join()
+    assert before >= 1 and created.value <= before + 1
+    assert len(got) == 3 and all(np.array_equal(logits, want) for logits in got)
+
+
 def test_float16_weights_are_for_a_gpu() -> None:
     case = make((2, 12, 5), dtype="float16")
     for ask in (logits_of, lambda c: scores_of(c, np.zeros((2, 1), np.int64)), lambda c: topk(c, 1)):
@@ -402,7 +420,7 @@ def test_results_do_not_depend_on_tiles(cuda: str) -> None:
     )
     results = set()
     for bytes_of_l2 in ("4096", "65536", "8388608"):
-        env = {"WIDEHEAD_EMULATED_L2": bytes_of_l2, "PYTHONPATH": ":".join(sys.path)}
+        env = {**os.environ, "WIDEHEAD_EMULATED_L2": bytes_of_l2, "PYTHONPATH": ":".join(sys.path)}
         run = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, check=True)
         results.add(run.stdout)
     assert len(results) == 1 and len(results.pop().strip()) == 64

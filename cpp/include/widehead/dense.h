@@ -69,8 +69,9 @@ struct DenseBackward {
   std::int64_t* filtered = nullptr;  // on a GPU in its memory, and added to
   Device device = {};
 };
-// With `update`, throws NonFiniteError before any change when hidden, lse or a gradient that comes in is NaN or infinite;
-// without it such numbers go into the gradients, as in torch.
+// With `update`, throws NonFiniteError before any change when hidden, lse or a gradient that comes in is NaN or infinite
+// (on a GPU: hidden in the weights' type, in which a large number may be); without it such numbers go into the gradients,
+// as in torch.
 void dense_backward(const DenseBackward& args);
 std::int64_t scratch_bytes(const DenseBackward& args);
 

@@ -8,13 +8,16 @@
 
 namespace widehead::cuda {
 
+// `call` as it stands in the source; of it the function's name is told.
 inline void check(cudaError_t status, const char* call) {
   if (status == cudaSuccess) return;
-  if (status == cudaErrorNoKernelImageForDevice)
-    throw BackendError(
-        "this build of widehead has no code for this GPU; rebuild with its compute capability in CUDAARCHS, e.g. "
-        "CUDAARCHS=80-real for 8.0, or CUDAARCHS=release for all");
-  throw BackendError(std::string(call) + ": " + cudaGetErrorString(status));
+  std::string text = call;
+  text = text.substr(0, text.find('(')) + ": " + cudaGetErrorString(status);
+  if (status == cudaErrorNoKernelImageForDevice || status == cudaErrorInvalidDeviceFunction)
+    text +=
+        "; this build of widehead has no code for this GPU: rebuild with its compute capability in CUDAARCHS, e.g. "
+        "CUDAARCHS=80-real for 8.0, or CUDAARCHS=release for all";
+  throw BackendError(text);
 }
 
 }  // namespace widehead::cuda

@@ -9,6 +9,7 @@
 #include <limits>
 #include <map>
 #include <mutex>
+#include <string>
 #include <vector>
 
 #include "cuda/launch.h"
@@ -44,10 +45,13 @@ void* open_library() {
     if (void* library = dlopen(name, RTLD_NOW | RTLD_NOLOAD)) return library;
   for (const char* name : kNames)
     if (void* library = dlopen(name, RTLD_NOW | RTLD_LOCAL)) return library;
-  if (!g_path.empty())
+  std::string tried;
+  if (!g_path.empty()) {
     if (void* library = dlopen(g_path.c_str(), RTLD_NOW | RTLD_LOCAL)) return library;
-  throw BackendError("cuBLAS was not found" + (g_path.empty() ? std::string() : ", nor at " + g_path) +
-                     "; install it with `pip install nvidia-cublas`");
+    const char* why = dlerror();
+    tried = ", nor at " + g_path + (why ? std::string(" (") + why + ")" : "");
+  }
+  throw BackendError("cuBLAS was not found" + tried + "; install it with `pip install nvidia-cublas`");
 }
 
 template <class F>
@@ -72,20 +76,77 @@ const Functions& functions() {
   return f;
 }
 
-void expect(int status, const char* what) {
-  if (status != 0) throw BackendError(std::string("cuBLAS: ") + what + " failed with status " + std::to_string(status));
+const char* words_of(int status) {
+  switch (status) {
+    case 1: return "not initialized";
+    case 3: return "allocation failed";
+    case 7: return "invalid value";
+    case 8: return "architecture mismatch";
+    case 13: return "execution failed";
+    case 14: return "internal error";
+    case 15: return "not supported";
+    default: return "unknown";
+  }
 }
 
-// A handle serves one thread at a time, so each thread has its own. They are never destroyed: at the end of the process the
-// driver may be gone before us.
-Handle handle_of(int device) {
-  thread_local std::map<int, Handle> handles;
-  Handle& handle = handles[device];
-  if (!handle) {
-    expect(functions().create(&handle), "cublasCreate");
-    expect(functions().set_math_mode(handle, kFullReductions), "cublasSetMathMode");
+void expect(int status, const char* what, const char* type = nullptr) {
+  if (status != 0)
+    throw BackendError(std::string("cuBLAS: ") + what + (type ? std::string(" of ") + type : "") +
+                       " failed with status " + std::to_string(status) + " (" + words_of(status) + ")");
+}
+
+// Creating a handle allocates, which is forbidden while any thread captures a graph, unless this thread says that
+// what it allocates is no part of it.
+class Uncaptured {
+ public:
+  Uncaptured() { WIDEHEAD_CUDA_CHECK(cudaThreadExchangeStreamCaptureMode(&mode_)); }
+  ~Uncaptured() { static_cast<void>(cudaThreadExchangeStreamCaptureMode(&mode_)); }
+  Uncaptured(const Uncaptured&) = delete;
+  Uncaptured& operator=(const Uncaptured&) = delete;
+
+ private:
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+};
+
+// A handle serves one thread at a time and has memory on the device: a thread keeps those it has used, and leaves them
+// to others when it ends. They are never destroyed: at the end of the process the driver may be gone before us.
+struct Idle {
+  std::mutex mutex;
+  std::map<int, std::vector<Handle>> handles;  // of each device
+};
+Idle& idle() {
+  static Idle* const one = new Idle;  // outlives the threads
+  return *one;
+}
+struct Held {
+  std::map<int, Handle> handles;
+  ~Held() {
+    const std::lock_guard<std::mutex> lock(idle().mutex);
+    for (const auto& [device, handle] : handles) idle().handles[device].push_back(handle);
   }
+};
+
+Handle new_handle(int device) {
+  {
+    const std::lock_guard<std::mutex> lock(idle().mutex);
+    std::vector<Handle>& left = idle().handles[device];
+    if (!left.empty()) {
+      const Handle handle = left.back();
+      left.pop_back();
+      return handle;
+    }
+  }
+  const Uncaptured guard;
+  Handle handle = nullptr;
+  expect(functions().create(&handle), "cublasCreate");
+  expect(functions().set_math_mode(handle, kFullReductions), "cublasSetMathMode");
   return handle;
+}
+
+Handle handle_of(int device) {
+  thread_local Held held;
+  const auto found = held.handles.find(device);
+  return found != held.handles.end() ? found->second : held.handles[device] = new_handle(device);
 }
 
 DataType data_type(Dtype t) {
@@ -129,7 +190,7 @@ void Cublas::multiply(const Product& p) const {
                           narrow(p.b.stride, "stride"), p.a.data, data_type(p.factors), narrow(p.a.stride, "stride"),
                           wide ? static_cast<const void*>(&beta_wide) : &beta, p.c, data_type(p.result),
                           narrow(p.c_stride, "stride"), compute, kDefaultAlgorithm),
-         "cublasGemmEx");
+         "cublasGemmEx", name_of(p.factors));
 }
 
 }  // namespace widehead::cuda

@@ -4,6 +4,8 @@
 //   backward   Z = X W' again, G = dL/dZ, dX += G W, dW = G' X, and the optimiser's step on the tile's rows of W
 //
 // Everything goes to the caller's stream in order, so a tile's dX sees its weights from before their step.
+#include <cmath>
+
 #include "cuda/cublas.h"
 #include "cuda/dense_batch.h"
 #include "cuda/dense_fused.h"
@@ -14,7 +16,8 @@
 namespace widehead::cuda {
 namespace {
 
-constexpr i64 kLargestTile = 65536, kLargestChunk = 8192, kSmallestTile = 256;
+constexpr i64 kLargestTile = 65536, kSmallestTile = 256;
+constexpr i64 kGradientBytes = i64{128} << 20;  // at most, of a tile's dW: small batches have large tiles
 
 // How batch and classes are cut: Z of one tile takes about half of the L2 cache, the factors of its product the rest.
 struct Cut {
@@ -24,11 +27,14 @@ struct Cut {
 
 Cut cut(const DenseLayer& layer, const Device& device) {
   const Hardware& h = hardware(device.index);
-  const i64 budget = h.l2_bytes / 2 / size_of(layer.weight.dtype == Dtype::f64 ? Dtype::f64 : Dtype::f32);
+  const i64 size = size_of(layer.weight.dtype == Dtype::f64 ? Dtype::f64 : Dtype::f32), budget = h.l2_bytes / 2 / size;
   const i64 batch = at_least(1, layer.hidden.rows), classes = layer.weight.rows;
   Cut c{};
-  c.chunk = at_most(batch, at_most(kLargestChunk, at_least(64, budget / (2 * kSmallestTile) / 32 * 32)));
+  // A chunk reads the tile's weights again, and a tile all of dX: as many examples as classes keep the sum of both small.
+  const i64 side = at_least(64, static_cast<i64>(std::sqrt(static_cast<double>(budget))));
+  c.chunk = at_most(batch, round_up(ceil_div(batch, ceil_div(batch, side)), kPatchRows));
   c.tile = at_most(kLargestTile, at_least(kSmallestTile, budget / c.chunk / 128 * 128));
+  c.tile = at_most(c.tile, at_least(kSmallestTile, kGradientBytes / (size * layer.weight.cols) / 128 * 128));
   c.tile = at_most(c.tile, classes);
   c.stride = round_up(c.tile, kTileAlign);
   // Warps enough to fill the card, but at least 512 classes each.
@@ -151,7 +157,7 @@ class Backward {
     tiles_.batch.begin(args_.target);
     const Report report = tiles_.batch.report();
     if (args_.update) {
-      check_finite(args_.device, args_.layer.hidden, Argument::hidden, report);
+      check_finite(args_.device, tiles_.batch.factor(), Argument::hidden, report);
       launch_scalars(args_.device, *args_.update, args_.layer.weight.dtype, step_);
     }
     prepare_gradients(args_, tiles_.batch.targets, tiles_.batch.weight_sum, args_.update != nullptr, report, gradients_,

@@ -32,6 +32,8 @@ class Batch {
   }
 
   Report report() const { return {device_.faults, device_.refused ? device_.refused : refused_}; }
+  // As products take it: converted, after begin.
+  const ConstAnyMatrix& factor() const { return hidden_; }
   const W* hidden(i64 row) const { return static_cast<const W*>(hidden_.data) + row * hidden_.stride; }
   i64 hidden_stride() const { return hidden_.stride; }
   const W* weight(i64 row) const { return static_cast<const W*>(layer_.weight.data) + row * layer_.weight.stride; }

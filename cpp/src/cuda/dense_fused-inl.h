@@ -44,14 +44,16 @@ __global__ void __launch_bounds__(FusedTile<W, kD>::kThreads, FusedTile<W, kD>::
     for (int step = 0; step < kStreamRows && first + step < end; step += kStep) {
       typename Tile::Scores s;
       tile.score(stream, step, s);
-      if (p.bias || first + step + kStep > end) {
+      const int left = static_cast<int>(at_most(end - first - step, kStep));
+      if (p.bias || left < kStep) {
+        const float* bias = p.bias ? p.bias + first + step : nullptr;
 #pragma unroll
         for (int n = 0; n < kStep / 8; ++n)
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
-            const i64 c = first + step + Tile::column(n, e);
-            // Past the end there are zeros; minus infinity drops out of every sum below.
-            const float shift = c >= end ? -INFINITY : p.bias ? p.bias[c] : 0.0f;
+            const int c = Tile::column(n, e);
+            // Past the end there are zeros; minus infinity drops out of every sum below but that of the logits.
+            const float shift = c >= left ? -INFINITY : p.bias ? bias[c] : 0.0f;
 #pragma unroll
             for (int t = 0; t < Tile::kRowTiles; ++t) {
               s[t][n][e] += shift;
@@ -85,7 +87,11 @@ __global__ void __launch_bounds__(FusedTile<W, kD>::kThreads, FusedTile<W, kD>::
 #pragma unroll
             for (int e = 0; e < 2; ++e) {
               const float z = s[r / 2][n][r % 2 * 2 + e];
-              if (z != -INFINITY) part_aux += kLoss == Loss::softmax ? z : class_loss<kLoss>(z);
+              if (kLoss == Loss::softmax) {
+                if (Tile::column(n, e) < left) part_aux += z;
+              } else if (z != -INFINITY) {  // the loss is 0 there; more registers without the branch
+                part_aux += class_loss<kLoss>(z);
+              }
             }
           kahan_add(aux[r], aux_lost[r], part_aux);
         }
@@ -124,6 +130,8 @@ template <Loss kLoss>
 __device__ inline float fused_gradient(float z, float lse2, float scale, float even) {
   if constexpr (kLoss == Loss::softmax) {
     return fmaf(fast_exp2(fmaf(z, kLog2E, -lse2)), scale, -even);
+  } else if constexpr (kLoss == Loss::bce) {
+    return fast_sigmoid(z) * scale;
   } else {
     return class_gradient<kLoss>(z, 0.0f, scale, 0.0f, 1.0f);
   }
@@ -169,13 +177,14 @@ __global__ void __launch_bounds__(FusedTile<W, kD>::kThreads, FusedTile<W, kD>::
     for (int step = 0; step < kStreamRows && first + step < end; step += kStep) {
       typename Tile::Scores s;
       tile.score(stream, step, s);
+      const int left = static_cast<int>(at_most(end - first - step, kStep));
       if (p.bias) {
+        const float* bias = p.bias ? p.bias + first + step : nullptr;
 #pragma unroll
         for (int n = 0; n < kStep / 8; ++n)
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
-            const i64 c = first + step + Tile::column(n, e);
-            const float shift = c < end ? p.bias[c] : 0.0f;
+            const float shift = Tile::column(n, e) < left ? bias[Tile::column(n, e)] : 0.0f;
 #pragma unroll
             for (int t = 0; t < Tile::kRowTiles; ++t) {
               s[t][n][e] += shift;
@@ -183,21 +192,42 @@ __global__ void __launch_bounds__(FusedTile<W, kD>::kThreads, FusedTile<W, kD>::
             }
           }
       }
-      // Classes past the end have rows of zeros: whatever their gradient, they add nothing.
+      // A target among the step's classes is rare, so the usual step does not look for one.
+      const int from = static_cast<int>(first - begin) + step;
+      bool any = false;
 #pragma unroll
-      for (int r = 0; r < kRows; ++r) {
-        const int at = target[r] - static_cast<int>(first - begin) - step;
-        const bool hit = at >= 0 && at < kStep;
+      for (int r = 0; r < kRows; ++r) any = any || (target[r] >= from && target[r] < from + kStep);
+      const auto gradients = [&](auto with_targets) {
+#pragma unroll
+        for (int r = 0; r < kRows; ++r)
+#pragma unroll
+          for (int n = 0; n < kStep / 8; ++n)
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+              float& z = s[r / 2][n][r % 2 * 2 + e];
+              float g = fused_gradient<kLoss>(z, lse2[r], scale[r], even[r]);
+              if constexpr (decltype(with_targets)::value) {
+                if (target[r] == from + Tile::column(n, e))
+                  g += fused_change<kLoss>(z, rows[first_row + Tile::own_row(r / 2, r % 2)]);
+              }
+              z = g;
+            }
+      };
+      if (__any_sync(kAllLanes, any)) {
+        gradients(std::true_type{});
+      } else {
+        gradients(std::false_type{});
+      }
+      // Past the end there are rows of zeros, but a gradient there can be infinite: exp(0 - lse) with lse far below 0.
+      if (left < kStep) {
 #pragma unroll
         for (int n = 0; n < kStep / 8; ++n)
 #pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            float& z = s[r / 2][n][r % 2 * 2 + e];
-            const float change = hit && at == Tile::column(n, e)
-                                     ? fused_change<kLoss>(z, rows[first_row + Tile::own_row(r / 2, r % 2)])
-                                     : 0.0f;
-            z = fused_gradient<kLoss>(z, lse2[r], scale[r], even[r]) + change;
-          }
+          for (int i = 0; i < 4; ++i)
+            if (Tile::column(n, i) >= left) {
+#pragma unroll
+              for (int t = 0; t < Tile::kRowTiles; ++t) s[t][n][i] = 0;
+            }
       }
       if (bound > 0 && all_below(s, bound)) continue;
       tile.add_product(stream, step, s, sums);
@@ -233,15 +263,21 @@ __device__ inline void take_gradient(const StepView<W>& view, const UpdateScalar
     step8<Optimizer::sgd, false>(view, scalars, random, row, col, g, 0.0f);
   }
 }
-template <class W>
+template <class T>
+__device__ inline void put_as(void* data, i64 at, const float (&g)[8]) {
+  T x[8];
+#pragma unroll
+  for (int i = 0; i < 8; ++i) x[i] = from_float<T>(g[i]);
+  T* to = static_cast<T*>(data) + at;
+  store8(to, 8, reinterpret_cast<std::uintptr_t>(to) % 16 == 0, x);
+}
 __device__ inline void put_gradient(const AnyMatrix& out, i64 row, i64 col, const float (&g)[8]) {
-  for (int i = 0; i < 8; ++i) {
-    const i64 at = row * out.stride + col + i;
-    if (out.dtype == Dtype::f32) {
-      static_cast<float*>(out.data)[at] = g[i];
-    } else {
-      static_cast<W*>(out.data)[at] = from_float<W>(g[i]);
-    }
+  const i64 at = row * out.stride + col;
+  switch (out.dtype) {
+    case Dtype::f64: return put_as<double>(out.data, at, g);
+    case Dtype::bf16: return put_as<bf16>(out.data, at, g);
+    case Dtype::f16: return put_as<f16>(out.data, at, g);
+    default: return put_as<float>(out.data, at, g);
   }
 }
 
@@ -271,28 +307,39 @@ __global__ void __launch_bounds__(FusedTile<W, kD>::kThreads, FusedTile<W, kD>::
   typename Tile::Sums sums = {};
   Tile tile;
   i64 skipped = 0;
-  const bool real_classes = first_class + Tile::own_row(0, 0) < p.classes;  // not all of the warp's are padding
+  const i64 warp_class = first_class + static_cast<i64>(threadIdx.x / 32 * (16 * Tile::kRowTiles));
+  const bool real_classes = warp_class < p.classes;  // not all of the warp's are padding
   const auto add = [&](const W* stream, const FusedRow* batch, i64 first) {
 #pragma unroll 1
     for (int step = 0; step < kStreamRows && first + step < p.batch; step += kStep) {
       typename Tile::Scores s;
       tile.score(stream, step, s);
+      // An example of the step whose target is one of the warp's classes is rare: the usual step does not look for it.
+      const i64 at = Tile::lane() < kStep ? batch[step + Tile::lane()].target - warp_class : -1;
+      const auto gradients = [&](auto with_targets) {
 #pragma unroll
-      for (int n = 0; n < kStep / 8; ++n)
+        for (int n = 0; n < kStep / 8; ++n)
 #pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const FusedRow& example = batch[step + Tile::column(n, e)];
-          const float lse2 = example.lse2, scale = example.scale, even = example.even;
-          const i64 away = example.target - first_class;
-          const int at = away >= 0 && away < kOwnRows ? static_cast<int>(away) : -1;
+          for (int e = 0; e < 2; ++e) {
+            const FusedRow& example = batch[step + Tile::column(n, e)];
+            const float lse2 = example.lse2, scale = example.scale, even = example.even;
 #pragma unroll
-          for (int r = 0; r < kRows; ++r) {
-            float& z = s[r / 2][n][r % 2 * 2 + e];
-            z += bias[r];
-            const float change = at == Tile::own_row(r / 2, r % 2) ? fused_change<kLoss>(z, example) : 0.0f;
-            z = fused_gradient<kLoss>(z, lse2, scale, even) + change;
+            for (int r = 0; r < kRows; ++r) {
+              float& z = s[r / 2][n][r % 2 * 2 + e];
+              z += bias[r];
+              float g = fused_gradient<kLoss>(z, lse2, scale, even);
+              if constexpr (decltype(with_targets)::value) {
+                if (example.target == first_class + Tile::own_row(r / 2, r % 2)) g += fused_change<kLoss>(z, example);
+              }
+              z = g;
+            }
           }
-        }
+      };
+      if (__any_sync(kAllLanes, at >= 0 && at < 16 * Tile::kRowTiles)) {
+        gradients(std::true_type{});
+      } else {
+        gradients(std::false_type{});
+      }
       if (bound > 0 && all_below(s, bound)) {
         skipped += real_classes;
         continue;
@@ -310,10 +357,10 @@ __global__ void __launch_bounds__(FusedTile<W, kD>::kThreads, FusedTile<W, kD>::
       shared_rows<W, kD>(), {p.w, p.classes, p.w_stride, p.features}, first_class,
       {p.x, p.batch, p.x_stride, p.features}, 0, p.batch,
       [&](int stage, i64 first) {
+        static_assert(sizeof examples[0] <= 16 * Tile::kThreads);
+        if (threadIdx.x >= sizeof examples[0] / 16) return;
         const auto* from = reinterpret_cast<const char*>(rows + first);  // padded to whole stages
-        auto* to = reinterpret_cast<char*>(examples[stage]);
-        for (int i = static_cast<int>(threadIdx.x); i < kStreamRows * 2; i += Tile::kThreads)
-          copy_async16(to + i * 16, from + i * 16);
+        copy_async16(reinterpret_cast<char*>(examples[stage]) + threadIdx.x * 16, from + threadIdx.x * 16);
       },
       [&](const W* stream, int stage, i64 first) { add(stream, examples[stage], first); });
   if (filter.filtered && skipped > 0 && threadIdx.x % 32 == 0)
@@ -351,7 +398,7 @@ __global__ void __launch_bounds__(FusedTile<W, kD>::kThreads, FusedTile<W, kD>::
     if (task.to.update) {
       take_gradient(task.view, scalars, random, task.optimizer, row, col, g);
     } else if (task.to.grad_weight.data) {
-      put_gradient<W>(task.to.grad_weight, row, col, g);
+      put_gradient(task.to.grad_weight, row, col, g);
     }
   }
 }

@@ -56,11 +56,13 @@ __global__ void fused_rows_kernel(i64 batch, i64 padded, float smoothing, const 
   }
 }
 
-__global__ void sum_parts_kernel(const float* partial, int parts, i64 batch, i64 features, AnyMatrix out) {
+__global__ void sum_parts_kernel(const float* partial, int parts, i64 batch, i64 features, const std::int32_t* refused,
+                                 AnyMatrix out) {
   const i64 n = batch * features, step = static_cast<i64>(gridDim.x) * blockDim.x;
   for (i64 i = static_cast<i64>(blockIdx.x) * blockDim.x + threadIdx.x; i < n; i += step) {
     float sum = 0;
-    for (int p = 0; p < parts; ++p) sum += partial[p * n + i];
+    // What a refused call has there is 0, or NaN where hidden is.
+    for (int p = 0; p < parts && *refused == 0; ++p) sum += partial[p * n + i];
     const i64 at = i / features * out.stride + i % features;
     switch (out.dtype) {
       case Dtype::bf16: static_cast<bf16*>(out.data)[at] = from_float<bf16>(sum); break;
@@ -138,7 +140,7 @@ void backward(const DenseBackward& args, Scratch& scratch) {
   batch.begin(args.target);
   const Report report = batch.report();
   if (args.update) {
-    check_finite(device, args.layer.hidden, Argument::hidden, report);
+    check_finite(device, batch.factor(), Argument::hidden, report);
     launch_scalars(device, *args.update, args.layer.weight.dtype, step);
   }
   prepare_gradients(args, batch.targets, batch.weight_sum, args.update != nullptr, report, gradients, largest);
@@ -152,7 +154,7 @@ void backward(const DenseBackward& args, Scratch& scratch) {
   if (args.grad_hidden) {
     fused_grad_hidden(device, p, fused_rows, parts, filter, partial);
     launch(device, blocks_for(rows * d, kThreads), kThreads, 0, sum_parts_kernel, partial, parts, rows, d,
-           args.grad_hidden);
+           report.refused, args.grad_hidden);
   }
   if (!args.grad_weight && !args.update && !want_bias) return;
   filter.filtered = args.filtered;

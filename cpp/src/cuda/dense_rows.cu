@@ -1,4 +1,6 @@
 // dense_rows.cu -- targets checked and summed, incoming gradients turned into factors, sums turned into losses
+#include <limits>
+
 #include "cuda/dense_rows.h"
 #include "cuda/intrinsics.h"
 #include "cuda/loss_math.h"
@@ -112,7 +114,7 @@ struct Incoming {
 
 template <class Real>
 __global__ void prepare_gradients_kernel(Incoming in, LossOptions loss, i64 batch, i64 classes, const RowTargets* rows,
-                                         const double* class_weight_sum, bool strict, Report report,
+                                         const double* class_weight_sum, bool strict, double most, Report report,
                                          RowGradient<Real>* out, float* largest) {
   const bool softmax = loss.kind == Loss::softmax;
   for (i64 b = global_thread(); b < batch; b += threads_in_grid()) {
@@ -130,8 +132,8 @@ __global__ void prepare_gradients_kernel(Incoming in, LossOptions loss, i64 batc
     if (active) {
       g.loss = static_cast<Real>(l);
       g.output = static_cast<Real>(o);
-      // Bits of floats of at least 0 are ordered as integers.
-      atomicMax(reinterpret_cast<unsigned*>(largest), __float_as_uint(static_cast<float>(l < 0 ? -l : l)));
+      // Bits of floats are ordered as integers if their sign is not set; -0 has one.
+      atomicMax(reinterpret_cast<unsigned*>(largest), __float_as_uint(fabsf(static_cast<float>(l))));
     }
     if (softmax) {
       double scale = from_lse;
@@ -145,6 +147,9 @@ __global__ void prepare_gradients_kernel(Incoming in, LossOptions loss, i64 batc
     } else if (active) {
       g.scale = static_cast<Real>(l);
     }
+    // dL/dz goes into products in the weights' type: what that cannot hold would be infinite there.
+    if (strict && (fabs(static_cast<double>(g.scale)) > most || fabs(l) + fabs(o) > most))
+      report(Fault::non_finite, Argument::grad_losses, b, 0, 0);
     out[b] = g;
   }
 }
@@ -251,10 +256,11 @@ template <class Real>
 void prepare_gradients(const DenseBackward& args, const RowTargets* rows, const double* class_weight_sum, bool strict,
                        const Report& report, RowGradient<Real>* out, float* largest) {
   const i64 batch = args.layer.hidden.rows;
+  const double most = args.layer.weight.dtype == Dtype::f16 ? 65504.0 : std::numeric_limits<double>::infinity();
   WIDEHEAD_CUDA_CHECK(cudaMemsetAsync(largest, 0, sizeof(float), static_cast<cudaStream_t>(args.device.stream)));
   launch(args.device, blocks_for(batch, kThreads), kThreads, 0, prepare_gradients_kernel<Real>,
          Incoming{args.grad_losses, args.grad_output, args.grad_lse, args.lse}, args.loss, batch,
-         args.layer.weight.rows, rows, class_weight_sum, strict, report, out, largest);
+         args.layer.weight.rows, rows, class_weight_sum, strict, most, report, out, largest);
 }
 
 void check_finite(const Device& device, const ConstAnyMatrix& m, Argument argument, const Report& report) {

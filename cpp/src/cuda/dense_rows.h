@@ -17,7 +17,7 @@ struct RowTargets {
 
 // dL/dz = p scale - even + (for targets) terms of loss and output.
 template <class Real>
-struct RowGradient {
+struct alignas(16) RowGradient {
   Real lse, scale, even, loss, output;
 };
 
@@ -56,7 +56,7 @@ void prepare_targets(const Device& device, const Labels& target, const LossOptio
 constexpr i64 kSumParts = 256;
 void sum_class_weights(const Device& device, const float* class_weight, i64 classes, double* parts, double* sum);
 
-// Fills out [B]. `strict`: reports what is not finite. *largest becomes the largest |grad_losses|.
+// Fills out [B]. `strict`: reports what is not finite, or would not be in the weights' type. *largest becomes the largest |grad_losses|.
 template <class Real>
 void prepare_gradients(const DenseBackward& args, const RowTargets* rows, const double* class_weight_sum, bool strict,
                        const Report& report, RowGradient<Real>* out, float* largest);

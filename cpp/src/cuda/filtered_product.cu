@@ -20,15 +20,23 @@ __device__ inline int place(int row, int chunk) {
   return row * kWidth + ((chunk ^ (row & 7)) * 8);
 }
 
-// Starts copying a piece of kRows x kColumns elements; what lies outside of rows x columns becomes zero.
+// Starts copying a piece of kRows x kColumns elements; what lies outside of rows x columns becomes zero. A thread keeps
+// its chunk, and its rows are a multiple of 8 apart: additions are all that is left of the addresses.
 template <int kRows, int kColumns, class W>
 __device__ inline void fetch(W* to, const W* from, i64 stride, i64 first_row, i64 rows, i64 first_column, i64 columns) {
-  constexpr int kChunks = kColumns / 8;
-  for (int i = static_cast<int>(threadIdx.x); i < kRows * kChunks; i += kThreads) {
-    const int r = i / kChunks, chunk = i % kChunks;
-    const i64 row = first_row + r, column = first_column + chunk * 8, left = row < rows ? columns - column : 0;
-    const int valid = left >= 8 ? 16 : left > 0 ? static_cast<int>(left) * 2 : 0;
-    copy_async16(to + place<kColumns>(r, chunk), valid ? from + row * stride + column : from, valid);
+  constexpr int kChunks = kColumns / 8, kApart = kThreads / kChunks;
+  static_assert(kApart % 8 == 0 && kRows % kApart == 0);
+  const int row = static_cast<int>(threadIdx.x) / kChunks, chunk = static_cast<int>(threadIdx.x) % kChunks;
+  const i64 column = first_column + chunk * 8;
+  const int valid = static_cast<int>(at_least(0, at_most(columns - column, 8))) * 2;
+  const i64 left = valid > 0 ? rows - first_row - row : 0;
+  const W* at = from + (first_row + row) * stride + column;
+  to += place<kColumns>(row, chunk);
+#pragma unroll
+  for (int r = 0; r < kRows; r += kApart) {
+    const bool there = r < left;
+    copy_async16(to + r * kColumns, there ? at : from, there ? valid : 0);
+    at += kApart * stride;
   }
 }
 

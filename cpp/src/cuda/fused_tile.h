@@ -39,6 +39,8 @@ struct FusedTile {
   std::uint32_t own[kRowTiles][kD / 16][4];
 
   __device__ static int place(int row, int chunk) { return row * kD + ((chunk ^ (row & 7)) * 8); }
+  // The same for row `eight` + r, with `eight` a multiple of 8: the permutation does not depend on it.
+  __device__ static int place(int eight, int r, int chunk) { return (eight + r) * kD + ((chunk ^ r) * 8); }
   __device__ static int lane() { return static_cast<int>(threadIdx.x % 32); }
   // Row of the block's 128 that holds elements 2 half and 2 half + 1 of a fragment.
   __device__ static int own_row(int tile, int half) {
@@ -47,13 +49,21 @@ struct FusedTile {
   // Column of S, counted from the step's first, that holds element `i` of fragment `n`.
   __device__ static int column(int n, int i) { return n * 8 + lane() % 4 * 2 + i % 2; }
 
-  // Starts copying rows [first, first + count) to shared memory; what is not there becomes zero.
-  __device__ static void fetch(T* to, const RowsView<T>& from, i64 first, int count) {
-    for (int i = static_cast<int>(threadIdx.x); i < count * kChunks; i += kThreads) {
-      const int row = i / kChunks, chunk = i % kChunks;
-      const bool there = first + row < from.rows && chunk * 8 < from.d;
-      const T* at = there ? from.data + (first + row) * from.stride + chunk * 8 : from.data;
-      copy_async16(to + place(row, chunk), at, there ? 16 : 0);
+  // Starts copying rows [first, first + kRows) to shared memory; what is not there becomes zero. A thread keeps its
+  // chunk, and its rows are a multiple of 8 apart: additions are all that is left of the addresses.
+  template <int kRows>
+  __device__ static void fetch(T* to, const RowsView<T>& from, i64 first) {
+    constexpr int kApart = kThreads / kChunks;
+    static_assert(kApart % 8 == 0 && kRows % kApart == 0);
+    const int row = static_cast<int>(threadIdx.x) / kChunks, chunk = static_cast<int>(threadIdx.x) % kChunks;
+    const i64 left = chunk * 8 < from.d ? from.rows - first - row : 0;
+    const T* at = from.data + (first + row) * from.stride + chunk * 8;
+    to += place(row, chunk);
+#pragma unroll
+    for (int r = 0; r < kRows; r += kApart) {
+      const bool there = r < left;
+      copy_async16(to + r * kD, there ? at : from.data, there ? 16 : 0);
+      at += kApart * from.stride;
     }
   }
 
@@ -82,7 +92,7 @@ struct FusedTile {
 #pragma unroll
       for (int n = 0; n < kStep / 16; ++n) {
         std::uint32_t b[4];
-        ldmatrix4<false>(b, stream + place(first + n * 16 + matrix / 2 * 8 + r, k * 2 + matrix % 2));
+        ldmatrix4<false>(b, stream + place(first + n * 16 + matrix / 2 * 8, r, k * 2 + matrix % 2));
         const std::uint32_t low[2] = {b[0], b[1]}, high[2] = {b[2], b[3]};
 #pragma unroll
         for (int t = 0; t < kRowTiles; ++t) {
@@ -106,7 +116,7 @@ struct FusedTile {
 #pragma unroll
       for (int n = 0; n < kD / 16; ++n) {
         std::uint32_t b[4];
-        ldmatrix4<true>(b, stream + place(first + k * 16 + matrix % 2 * 8 + r, n * 2 + matrix / 2));
+        ldmatrix4<true>(b, stream + place(first + k * 16 + matrix % 2 * 8, r, n * 2 + matrix / 2));
         const std::uint32_t low[2] = {b[0], b[1]}, high[2] = {b[2], b[3]};
 #pragma unroll
         for (int t = 0; t < kRowTiles; ++t) {
@@ -123,24 +133,28 @@ struct FusedTile {
   __device__ void walk(T* shared, const RowsView<T>& own_rows, i64 own_first, const RowsView<T>& stream, i64 begin,
                        i64 end, Also also, F f) {
     T* stages = shared + kOwnElements;
-    fetch(shared, own_rows, own_first, kOwnRows);
-    const i64 count = ceil_div(end - begin, kStreamRows);
-    const auto start = [&](i64 i) {
-      if (i < count) {
-        const int stage = static_cast<int>(i % kStages);
-        fetch(stages + stage * kStageElements, stream, begin + i * kStreamRows, kStreamRows);
-        also(stage, begin + i * kStreamRows);
+    fetch<kOwnRows>(shared, own_rows, own_first);
+    const auto next = [](int stage) { return stage + 1 == kStages ? 0 : stage + 1; };
+    i64 ahead = begin;
+    int filled = 0;
+    const auto start = [&] {
+      if (ahead < end) {
+        fetch<kStreamRows>(stages + filled * kStageElements, stream, ahead);
+        also(filled, ahead);
+        ahead += kStreamRows;
+        filled = next(filled);
       }
-      copy_commit();  // an empty group too, so that the count of groups goes with i
+      copy_commit();  // an empty group too, so that the count of groups goes with the loop below
     };
-    for (int i = 0; i < kStages - 1; ++i) start(i);
-    for (i64 i = 0; i < count; ++i) {
+    for (int i = 0; i < kStages - 1; ++i) start();
+    int stage = 0;
+    for (i64 first = begin; first < end; first += kStreamRows) {
       copy_wait<kStages - 2>();
-      __syncthreads();  // all have their part of stage i, and are done with the one that is filled next
-      if (i == 0) load_own(shared);
-      start(i + kStages - 1);
-      const int stage = static_cast<int>(i % kStages);
-      f(stages + stage * kStageElements, stage, begin + i * kStreamRows);
+      __syncthreads();  // all have their part of the stage, and are done with the one that is filled next
+      if (first == begin) load_own(shared);
+      start();
+      f(stages + stage * kStageElements, stage, first);
+      stage = next(stage);
     }
     copy_wait<0>();
     __syncthreads();

@@ -38,6 +38,13 @@ __device__ inline float fast_log2(float x) {
   return y;
 }
 
+// 1 / (1 + exp(-x)), as exact; 0 where it is below the normal range.
+__device__ inline float fast_sigmoid(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(1 + fast_exp2(x * -1.4426950408889634f)));
+  return y;
+}
+
 __device__ inline float to_float(float x) { return x; }
 __device__ inline double to_float(double x) { return x; }
 __device__ inline float to_float(bf16 x) { return __uint_as_float(static_cast<unsigned>(x.bits) << 16); }

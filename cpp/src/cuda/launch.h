@@ -65,12 +65,15 @@ class Scratch {
  public:
   Scratch() = default;
   explicit Scratch(const Device& device)
-      : base_(static_cast<char*>(device.scratch)), size_(device.scratch_bytes), real_(true) {}
+      : base_(static_cast<char*>(device.scratch)), size_(device.scratch_bytes), real_(true) {
+    if (reinterpret_cast<std::uintptr_t>(base_) % kAlignment)
+      throw CapacityError("device.scratch: expected memory aligned to " + std::to_string(kAlignment) + " bytes");
+  }
 
   template <class T>
   T* take(i64 n) {
     const i64 at = used_;
-    used_ += round_up(n * static_cast<i64>(sizeof(T)), 256);
+    used_ += round_up(n * static_cast<i64>(sizeof(T)), kAlignment);
     if (!real_) return nullptr;
     if (used_ > size_)
       throw CapacityError("device.scratch: expected at least " + std::to_string(used_) + " bytes, got " +
@@ -82,6 +85,8 @@ class Scratch {
   bool real() const { return real_; }
 
  private:
+  static constexpr int kAlignment = 256;
+
   char* base_ = nullptr;
   i64 size_ = 0, used_ = 0;
   bool real_ = false;

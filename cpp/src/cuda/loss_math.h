@@ -63,7 +63,7 @@ WIDEHEAD_HD inline Real cap_slope(Real z, Real cap) {
 // The loss of a class that is no target, for losses that are sums over classes.
 template <Loss kKind, class Real>
 WIDEHEAD_HD inline Real class_loss(Real z) {
-  if (kKind == Loss::bce) return larger(z, Real{0}) + log1p_of(exp_of(z < 0 ? z : -z)) + (z - z);
+  if (kKind == Loss::bce) return larger(z, Real{0}) + log1p_of(exp_of(z < 0 ? z : -z));
   const Real y = z + 1;
   return y < 0 ? Real{0} : y * y;
 }
@@ -87,7 +87,7 @@ WIDEHEAD_HD inline Real class_gradient(Real z, Real p, Real scale, Real even, Re
   if (kKind == Loss::softmax) return p * scale - even * class_weight;
   if (kKind == Loss::bce) {
     const Real e = exp_of(z < 0 ? z : -z);
-    return (z < 0 ? e : Real{1} + (z - z)) / (1 + e) * scale * class_weight;
+    return (z < 0 ? e : Real{1}) / (1 + e) * scale * class_weight;
   }
   const Real y = z + 1;
   return (y < 0 ? Real{0} : y) * scale * 2 * class_weight;

@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(kThreads, 16 / sizeof(Real)) select_best(Selec
           const Real base = sum.raise(top);
           Real part = 0;
 #pragma unroll
-          for (int i = 0; i < kParts<Real> * kVector; ++i) part += exp_of(v[i] - base);
+          for (int i = 0; i < kParts<Real> * kVector; ++i) part += exp_term(v[i] - base);
           sum.sum += part;
         }
         if (!__any_sync(~0u, top > s.state.last)) {

@@ -73,8 +73,9 @@ __device__ inline void keep_best_half(Entry<Real>* s, int half) {
   }
 }
 
-__device__ inline float exp_of(float x) { return fast_exp2(x * 1.44269504f); }
-__device__ inline double exp_of(double x) { return std::exp(x); }
+// Of a sum of many: the fast one's error is that of the sum. Not exp_of of loss_math.h, which is exact.
+__device__ inline float exp_term(float x) { return fast_exp2(x * 1.44269504f); }
+__device__ inline double exp_term(double x) { return std::exp(x); }
 
 // exp(top) * sum, of numbers that come bit by bit. A NaN among them stays in the sum.
 template <class Real>
@@ -85,13 +86,13 @@ struct OnlineSum {
   __device__ inline Real raise(Real other) {
     const Real higher = std::fmax(top, other);
     const Real base = higher == -static_cast<Real>(INFINITY) ? Real{0} : higher;
-    sum *= exp_of(top - base);
+    sum *= exp_term(top - base);
     top = higher;
     return base;
   }
   __device__ inline void add(Real other_top, Real other_sum) {
     const Real base = raise(other_top);
-    sum += other_sum * exp_of(other_top - base);
+    sum += other_sum * exp_term(other_top - base);
   }
   // Of all lanes of the warp, in a fixed order.
   __device__ inline void add_lanes() {

@@ -15,6 +15,7 @@ inline unsigned char* dynamic_shared() { return emulator::shared_memory(); }
 
 inline float fast_exp2(float x) { return std::exp2(x); }
 inline float fast_log2(float x) { return std::log2(x); }
+inline float fast_sigmoid(float x) { return 1 / (1 + fast_exp2(x * -1.4426950408889634f)); }
 
 inline float to_float(float x) { return x; }
 inline double to_float(double x) { return x; }
