@@ -1,9 +1,9 @@
 """sparse.py -- a step of the sparse head at 670,091 classes, fan-in 32, batch 32, against PyTorch's ways.
 
-Floor: a connection is 2 flops each for the logits, dW and dX, 4.1 GFLOP a step in all, far below what the processor does
-in the time; what binds is one row of 32 examples (128 bytes) read for each connection twice, and read and written once:
-L K 32 4 bytes = 2.7 GB a pass, four passes, from the second-level cache as far as hidden fits there. A shared pattern
-(G = 16) reads them once a group.
+Floor: a connection is 2 flops an example each for logits, dW and dX, 4.1 GFLOP a step in all, far below what the
+processor does in the time; what binds is a row of 32 examples (128 bytes) read twice for each connection, and one read
+and written: L K 32 4 bytes = 2.7 GB a pass, four passes, from the second-level cache as far as hidden fits there. A
+shared pattern (G = 16) reads them once a group.
 
     python bench/sparse.py                all, some minutes; one thread and two
     python bench/sparse.py --quick        H = 16384 on one thread
