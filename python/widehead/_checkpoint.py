@@ -14,7 +14,7 @@ from ._core import Error
 from ._training import Examples, Targets, checksum
 from .bag import EmbeddingBag
 from .files import FileError, HeadFile, load_head, save_head
-from .numpy import DenseHead
+from .numpy import DenseHead, SparseHead
 from .text import NGramHasher, PackedStrings
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     C = TypeVar("C", bound=Classifier)
 
-_HEADS: dict[str, Any] = {"DenseHead": DenseHead}
+_HEADS: dict[str, Any] = {"DenseHead": DenseHead, "SparseHead": SparseHead}
 # Parameters that do not change what a fit computes, or that are no data.
 _ASIDE = ("features", "transform", "checkpoint", "checkpoint_every", "resume", "callback", "verbose")
 
@@ -35,6 +35,7 @@ def pack(model: Classifier, optimizer: bool) -> HeadFile:
         file.config[part] = {"kind": inner.kind, "config": inner.config}
         file.state[part] = inner.state
         file.tensors |= {f"{part}.{name}": array for name, array in inner.tensors.items()}
+        file.integers |= {f"{part}.{name}" for name in inner.integers}
     return file
 
 
@@ -43,8 +44,10 @@ def unpack(file: HeadFile) -> tuple[EmbeddingBag, Any]:
     layers = []
     for part, kinds in (("bag", {"EmbeddingBag": EmbeddingBag}), ("head", _HEADS)):
         kind, config = file.config[part]["kind"], file.config[part]["config"]
-        tensors = {n.removeprefix(part + "."): array for n, array in file.tensors.items() if n.startswith(part + ".")}
-        layers.append(kinds[kind]._from_file(HeadFile(kind, config, tensors, file.state[part])))
+        dot = part + "."
+        tensors = {n.removeprefix(dot): array for n, array in file.tensors.items() if n.startswith(dot)}
+        integers = {n.removeprefix(dot) for n in file.integers if n.startswith(dot)}
+        layers.append(kinds[kind]._from_file(HeadFile(kind, config, tensors, file.state[part], integers)))
     return layers[0], layers[1]
 
 

@@ -36,6 +36,16 @@ def order_of(n: int, seed: int, epoch: int) -> NDArray[np.int64]:
     return np.argsort(np.random.Philox(key=[seed % 2**64, epoch]).random_raw(n), kind="stable")
 
 
+def drop_features(X: sp.csr_array, share: float, seed: int, step: int) -> sp.csr_array:
+    """X without a share of its entries, the others larger by 1 / (1 - share): a function of (seed, step) alone."""
+    if share == 0:
+        return X
+    keep = np.random.Philox(key=[seed % 2**64, 2**32 + step]).random_raw(X.nnz) >= np.uint64(share * 2.0**64)
+    kept = sp.csr_array((np.where(keep, X.data / (1.0 - share), 0.0), X.indices.copy(), X.indptr.copy()), X.shape)
+    kept.eliminate_zeros()
+    return kept
+
+
 class Targets:
     """Labels of all examples as class numbers: one an example, or rows of them."""
 

@@ -13,9 +13,9 @@ import scipy.sparse as sp
 from numpy.typing import NDArray
 
 from . import _checkpoint, _core
-from ._training import SCHEDULES, Examples, Targets, encode, log_odds, order_of, progress, rate_at
+from ._training import SCHEDULES, Examples, Targets, drop_features, encode, log_odds, order_of, progress, rate_at
 from .bag import EmbeddingBag
-from .numpy import DenseHead
+from .numpy import DenseHead, SparseHead
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -31,22 +31,26 @@ except ImportError:  # without scikit-learn the class does all but take part in 
 
 __all__ = ["Classifier"]
 
-_HEADS: dict[str, Any] = {"dense": DenseHead}
+_HEADS: dict[str, Any] = {"dense": DenseHead, "sparse": SparseHead}
 _SERVE = 1024  # examples at a time in predictions
 
 
 class Classifier(ClassifierMixin, BaseEstimator):
     """Classifier over sparse features for very many classes, by the conventions of scikit-learn.
 
-    ``X`` -> embedding bag -> unit length x ``scale`` (``normalise``) -> head. Both layers are trained together by a
+    ``X`` -> embedding bag -> unit length x ``scale`` (``normalise``) -> head; or, with ``intermediate``, ``X`` ->
+    dropout -> ReLU layer of that width -> head, the model of arXiv 2306.03725. Both layers are trained together by a
     fused optimiser, on batches in an order drawn anew for every epoch. The same data, parameters and seed give the same
     model, bit for bit, on any number of threads.
 
     Args:
-        head: kind of output layer: ``"dense"``.
+        head: kind of output layer: ``"dense"`` or ``"sparse"``.
         dim: length of the hidden vectors.
-        loss: ``"sampled_softmax"``, ``"softmax"``, ``"bce"`` or ``"squared_hinge"``. ``"bce"`` starts with each class's
-            bias at its log-odds among the examples.
+        intermediate: width of a ReLU layer in their place, which has no unit length; a sparse head wants thousands.
+        dropout: share of each example's features that training leaves out, drawn anew each time; the others grow
+            accordingly.
+        loss: ``"sampled_softmax"`` (dense), ``"softmax"``, ``"bce"`` or ``"squared_hinge"``; None: the first of a dense
+            head, the last of a sparse one. ``"bce"`` starts with each class's bias at its log-odds among the examples.
         negatives: classes that sampled softmax draws for a batch.
         epochs, batch_size: passes over the data, examples a step.
         lr: highest learning rate.
@@ -80,7 +84,9 @@ class Classifier(ClassifierMixin, BaseEstimator):
         head: str = "dense",
         *,
         dim: int = 128,
-        loss: str = "sampled_softmax",
+        intermediate: int | None = None,
+        dropout: float = 0.0,
+        loss: str | None = None,
         negatives: int = 512,
         epochs: int = 5,
         batch_size: int = 512,
@@ -105,6 +111,8 @@ class Classifier(ClassifierMixin, BaseEstimator):
     ) -> None:
         self.head = head
         self.dim = dim
+        self.intermediate = intermediate
+        self.dropout = dropout
         self.loss = loss
         self.negatives = negatives
         self.epochs = epochs
@@ -288,6 +296,10 @@ class Classifier(ClassifierMixin, BaseEstimator):
                 raise _core.ShapeError(f"{name}: expected one of {', '.join(choices)}, got {getattr(self, name)!r}")
         if not (np.isfinite(self.lr) and self.lr > 0):
             raise _core.ShapeError(f"lr: expected a positive number, got {self.lr!r}")
+        if self.intermediate is not None and self.intermediate < 1:
+            raise _core.ShapeError(f"intermediate: expected a width of at least 1 or None, got {self.intermediate!r}")
+        if not 0 <= self.dropout < 1:
+            raise _core.ShapeError(f"dropout: expected a share in [0, 1), got {self.dropout!r}")
         if not 0 <= self.warmup <= 1:
             raise _core.ShapeError(f"warmup: expected a share in [0, 1], got {self.warmup!r}")
         if self.resume and self.checkpoint is None:
@@ -306,27 +318,32 @@ class Classifier(ClassifierMixin, BaseEstimator):
         self._names, self.n_classes_ = names, targets.n_classes
         self.n_features_in_ = examples.epoch(0, None).rows(slice(0, 1)).shape[1]
         options = dict(self.head_options or {})
-        if self.loss == "sampled_softmax":
+        loss = self.loss or ("squared_hinge" if self.head == "sparse" else "sampled_softmax")
+        if loss == "sampled_softmax" and self.head == "dense":
             options["negatives"] = min(self.negatives, self.n_classes_)
         shared: dict[str, Any] = {"dtype": self.dtype, "seed": self.seed}
         # The bag has random numbers of its own: with the head's, its first rows would be the head's first rows.
+        width = self.intermediate or self.dim
         self.bag_ = EmbeddingBag(
             self.n_features_in_,
-            self.dim,
-            normalise=self.normalise,
+            width,
+            normalise=self.normalise and self.intermediate is None,
             scale=self.scale,
             dtype=self.dtype,
             seed=self.seed + 1,
         )
-        self.head_ = _HEADS[self.head](self.dim, self.n_classes_, loss=self.loss, **shared, **options)
-        if self.loss == "bce" and self.head_.bias is not None:
+        self.head_ = _HEADS[self.head](width, self.n_classes_, loss=loss, **shared, **options)
+        if loss == "bce" and self.head_.bias is not None:
             self.head_.bias = log_odds(targets)
 
     def _step(self, X: sp.csr_array, target: Any, rate: float, weight: NDArray[Any] | None) -> float:
         options: dict[str, Any] = {"optimizer": self.optimizer, "weight_decay": self.weight_decay}
         try:
-            hidden = self.bag_.forward(X)
+            X = drop_features(X, self.dropout, self.seed, self.bag_.steps)
+            hidden = self._activate(self.bag_.forward(X))
             loss, grad = self.head_.step(hidden, target, rate, sample_weight=weight, **options)
+            if self.intermediate is not None:
+                grad *= hidden > 0
             self.bag_.step(X, grad, rate, **options)
         except _core.NonFiniteError as error:
             raise _core.NonFiniteError(f"training runs away at step {self.bag_.steps + 1}: {error}; lower lr") from None
@@ -337,7 +354,10 @@ class Classifier(ClassifierMixin, BaseEstimator):
         examples = Examples(X, self.features)
         source = examples.epoch(0, None)
         for first in range(0, len(examples), _SERVE):
-            yield self.bag_.forward(source.rows(slice(first, first + _SERVE)))
+            yield self._activate(self.bag_.forward(source.rows(slice(first, first + _SERVE))))
+
+    def _activate(self, hidden: NDArray[Any]) -> NDArray[Any]:
+        return hidden if self.intermediate is None else np.maximum(hidden, 0, out=hidden)
 
 
 def _weights(weight: Any | None, n: int) -> NDArray[np.float64] | None:

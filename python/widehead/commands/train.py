@@ -42,11 +42,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
     model = parser.add_argument_group("model")
-    model.add_argument("--head", choices=("dense",), default="dense", help="output layer (default: dense)")
+    model.add_argument("--head", choices=("dense", "sparse"), default="dense", help="output layer (default: dense)")
     model.add_argument(
         "--loss", choices=_LOSSES, help=f"default: bce up to {_EXACT_LIMIT} classes, else sampled_softmax"
     )
     model.add_argument("--dim", type=common.count, default=128, help="length of the hidden vectors (default: 128)")
+    model.add_argument(
+        "--intermediate", type=common.count, metavar="H", help="width of a ReLU layer before the head (sparse: 4096)"
+    )
+    model.add_argument("--dropout", type=float, default=0.0, help="share of the features left out (default: 0)")
+    model.add_argument("--fan-in", type=common.count, default=32, metavar="K", help="of a sparse head (default: 32)")
+    model.add_argument("--group-size", type=common.count, default=1, metavar="G", help="of a sparse head (default: 1)")
     model.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights")
     model.add_argument("--scale", type=float, default=8.0, help="length that hidden vectors are given (default: 8)")
     model.add_argument("--negatives", type=common.count, default=512, help="of sampled softmax, a batch (default: 512)")
@@ -58,8 +64,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     fit = parser.add_argument_group("training")
     fit.add_argument("--epochs", type=common.count, help=f"passes over the data (default: {_STEPS} steps, 3 to 10)")
     fit.add_argument("--batch-size", type=common.count, help="points a step (default: by their number, 32 to 512)")
-    fit.add_argument("--lr", type=float, default=0.1, help="highest learning rate (default: 0.1)")
-    fit.add_argument("--optimizer", choices=("adagrad", "adam", "sgd"), default="adagrad", help="(default: adagrad)")
+    fit.add_argument("--lr", type=float, help="highest learning rate (default: 0.1; sparse: 0.001)")
+    fit.add_argument("--optimizer", choices=("adagrad", "adam", "sgd"), help="(default: adagrad; sparse: adam)")
     fit.add_argument("--schedule", choices=("linear", "cosine", "constant"), default="linear", help="(default: linear)")
     fit.add_argument("--weight-decay", type=float, default=0.0, help="(default: 0)")
     fit.add_argument("--seed", type=int, default=0, help="of weights, order and samples: the same seed, the same model")
@@ -133,13 +139,20 @@ def _parameters(arguments: argparse.Namespace, train: Dataset) -> dict[str, Any]
     out = {
         name: getattr(arguments, name)
         for name in (
-            *("head", "dim", "dtype", "scale", "negatives", "lr", "optimizer", "schedule", "weight_decay"),
+            *("head", "dim", "dtype", "scale", "negatives", "schedule", "weight_decay", "dropout"),
             *("seed", "resume", "checkpoint_every"),
         )
     }
+    sparse = arguments.head == "sparse"
+    out["intermediate"] = arguments.intermediate or (4096 if sparse else None)
+    out["optimizer"] = arguments.optimizer or ("adam" if sparse else "adagrad")
+    out["lr"] = (1e-3 if sparse else 0.1) if arguments.lr is None else arguments.lr
+    if sparse:
+        out["head_options"] = {"fan_in": arguments.fan_in, "group_size": arguments.group_size}
     out["batch_size"] = batch = arguments.batch_size or _batch_size(len(train))
     out["epochs"] = arguments.epochs or min(10, max(3, round(_STEPS * batch / len(train))))
-    out["loss"] = arguments.loss or ("bce" if train.n_labels <= _EXACT_LIMIT else "sampled_softmax")
+    exact = "squared_hinge" if sparse else "bce"
+    out["loss"] = arguments.loss or (exact if sparse or train.n_labels <= _EXACT_LIMIT else "sampled_softmax")
     out["n_classes"] = train.n_labels
     out["verbose"] = not arguments.quiet
     if arguments.checkpoint_every <= 0:
@@ -240,7 +253,7 @@ def _report(
         ("peak memory of the process", human_bytes(common.peak_memory())),
         (f"model {arguments.output}", human_bytes(size)),
     ]
-    common.show(*tables, common.value_table(f"{model.loss}, d = {model.dim}, {model.epochs} epochs", cost))
+    common.show(*tables, common.value_table(f"{model.loss}, d = {model.bag_.dim}, {model.epochs} epochs", cost))
 
 
 def json_able(value: Any) -> bool:
