@@ -45,7 +45,7 @@ def test_make_targets_exist(line):
 
 
 def test_commands_of_the_file_section_run(tmp_path):
-    """train, evaluate, predict and plan, word for word, on a small data set of the names that README uses."""
+    """train (twice), evaluate, predict and plan, word for word, on a small data set of the names that README uses."""
     sp = pytest.importorskip("scipy.sparse")
     np = pytest.importorskip("numpy")
     pytest.importorskip("sklearn")
@@ -56,7 +56,7 @@ def test_commands_of_the_file_section_run(tmp_path):
         sp.save_npz(tmp_path / f"X.{part}.npz", one_hot.tocsr())
         sp.save_npz(tmp_path / f"Y.{part}.npz", one_hot.tocsr())
     lines = [line for line in SHELL if line.startswith("widehead ")]
-    assert [line.split()[1] for line in lines] == ["train", "evaluate", "predict", "plan"]
+    assert [line.split()[1] for line in lines] == ["train", "train", "evaluate", "predict", "plan"]
     for line in lines:
         command = [sys.executable, "-m", "widehead.cli", *line.split()[1:]]
         run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
