@@ -62,6 +62,11 @@ def limit_of(steps: Sequence[Step], at: int, left: float) -> float:
     return min(steps[at].limit, left - sum(step.keep for step in steps[at + 1 :]))
 
 
+def _heed_interrupts() -> None:
+    """A shell's background job ignores interrupts, and so would its children."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @dataclass
 class Runner:
     folder: Path  # of the logs
@@ -153,7 +158,7 @@ class Runner:
         try:
             child = subprocess.Popen(
                 words, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, env=everything,
-                start_new_session=True,
+                start_new_session=True, preexec_fn=_heed_interrupts,
             )  # fmt: skip
         except OSError as error:
             file.write(f"{words[0]}: {error}\n")
