@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -26,20 +25,6 @@ PAIRS = [
     for hidden in ("float32", "bfloat16", "float16", "float64")
     if hidden != "float64" or weight == "float64"
 ]
-
-
-@pytest.fixture(params=[*_core.supported_isas(), pytest.param("cuda", marks=pytest.mark.gpu)])
-def place(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Runs the test on the CPU, once for each instruction set, and on a GPU."""
-    if request.param == "cuda":
-        if reason := no_cuda():
-            pytest.skip(reason)
-        yield "cuda"
-        return
-    before = _core.current_isa()
-    _core.set_isa(request.param)
-    yield "cpu"
-    _core.set_isa(before)
 
 
 @pytest.fixture(params=[pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -136,11 +121,11 @@ def check_topk(case: Case, ref: Dense, k: int, pad: int = 0) -> None:
     within(lse, ref.lse, ref.lse_error, "lse")
 
 
-def integers(shape: tuple[int, int, int], dtype: str, seed: int, place: str) -> tuple[Case, np.ndarray]:
+def integers(shape: tuple[int, int, int], dtype: str, seed: int, unit: str) -> tuple[Case, np.ndarray]:
     """Small integers, whose logits are exact, so that ties are real. Returns the logits too."""
     batch, n, d = shape
     rng = np.random.default_rng([seed, *shape])
-    case = make(shape, dtype=dtype, bias=False, device=place)
+    case = make(shape, dtype=dtype, bias=False, device=unit)
     hidden, weight = rng.integers(-2, 3, (batch, d)), rng.integers(-2, 3, (n, d))
     case.hidden, case.weight = (stored(x.astype(np.float32), dtype) for x in (hidden, weight))
     return case, (hidden @ weight.T).astype(float)
@@ -154,10 +139,10 @@ def check_exactly(case: Case, z: np.ndarray, k: int, exclude: list[list[int]] | 
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_logits_and_scores(place: str, dtype: str) -> None:
+def test_logits_and_scores(unit: str, dtype: str) -> None:
     rng = np.random.default_rng(2)
-    for i, shape in enumerate(some_shapes(20 if place == "cpu" else 7, seed=11)):
-        case = make(shape, seed=i, dtype=dtype, bias=i % 2 > 0, pad=i % 3, softcap=(0.0, 2.0)[i % 2], device=place)
+    for i, shape in enumerate(some_shapes(20 if unit == "cpu" else 7, seed=11)):
+        case = make(shape, seed=i, dtype=dtype, bias=i % 2 > 0, pad=i % 3, softcap=(0.0, 2.0)[i % 2], device=unit)
         ref = reference(case)
         within(logits_of(case, pad=i % 4), ref.z, ref.z_error, "logits")
         classes = rng.integers(0, shape[1], (shape[0], 5))
@@ -166,10 +151,10 @@ def test_logits_and_scores(place: str, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("softcap", [0.0, 2.0])
-def test_offset(place: str, softcap: float) -> None:
+def test_offset(unit: str, softcap: float) -> None:
     """It is added after the cap, and -infinity takes a class out."""
     for dtype in DTYPES:
-        case = make((17, 97, 31), dtype=dtype, offset=True, softcap=softcap, device=place)
+        case = make((17, 97, 31), dtype=dtype, offset=True, softcap=softcap, device=unit)
         ref = reference(case)
         gone = np.isneginf(case.offset)
         logits = logits_of(case)
@@ -224,18 +209,18 @@ def test_bias_anywhere_in_memory(cuda: str, bias: str) -> None:
         check_topk(case, reference(case), 3)
 
 
-def test_topk_equals_sorting_the_logits(place: str) -> None:
+def test_topk_equals_sorting_the_logits(unit: str) -> None:
     """Ties go to the lower class."""
     rng = np.random.default_rng(4)
-    for i, shape in enumerate(some_shapes(30 if place == "cpu" else 6, seed=13)):
+    for i, shape in enumerate(some_shapes(30 if unit == "cpu" else 6, seed=13)):
         for dtype in DTYPES:
-            case, z = integers(shape, dtype, 0, place)
+            case, z = integers(shape, dtype, 0, unit)
             exclude = None
             if i % 2:
                 exclude = [list(rng.integers(0, shape[1], rng.integers(0, 6))) for _ in range(shape[0])]
                 for b, row in enumerate(exclude):
                     z[b, row] = -np.inf
-            for k in (1, 2, 5, 17) if place == "cpu" else (1, 17):
+            for k in (1, 2, 5, 17) if unit == "cpu" else (1, 17):
                 check_exactly(case, z, k, exclude)
 
 
@@ -367,9 +352,9 @@ def test_nothing_asked(device: str) -> None:
         topk(case, 0)
 
 
-def test_topk_normaliser(place: str) -> None:
+def test_topk_normaliser(unit: str) -> None:
     for softcap in (0.0, 3.0):
-        case = make((33, 1000, 64), softcap=softcap, device=place)
+        case = make((33, 1000, 64), softcap=softcap, device=unit)
         ref, lse = case.reference(), np.empty(33, np.float32)
         topk(case, 3, exclude=[[1, 2]] * 33, lse=lse)
         within(lse, ref.lse, ref.lse_error, "lse")

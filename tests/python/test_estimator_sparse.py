@@ -122,3 +122,5 @@ def test_command_line(tmp_path, capsys):
     assert cli.main(["evaluate", out, *data]) == 0
     shown = capsys.readouterr().out
     assert "squared_hinge, d = 64" in shown and "nDCG       100.00" in shown
+    assert cli.main(["train", *data, "-o", out, "--group-size", "2", "--quiet"]) != 0
+    assert "--group-size: belongs to --head sparse" in capsys.readouterr().err
