@@ -22,6 +22,13 @@ std::int64_t scratch_bytes(const DenseLogits&) { refuse(); }
 std::int64_t scratch_bytes(const DenseScores&) { refuse(); }
 std::int64_t scratch_bytes(const DenseTopK&) { refuse(); }
 std::int64_t scratch_bytes(const UpdateRows&) { refuse(); }
+std::int64_t scratch_bytes(const Rewire&) { refuse(); }
+void rewire(const Rewire&) { refuse(); }
+void draw_index(void*, Dtype, std::int64_t, std::int64_t, std::int64_t, std::int64_t, std::uint64_t, std::int64_t,
+                const Device&) {
+  refuse();
+}
+void check_index(const SparseIndex&, std::int64_t, std::int64_t, std::int64_t, const Device&) { refuse(); }
 void gather_rows(const GatherRows&) { refuse(); }
 void update_rows(const UpdateRows&) { refuse(); }
 void sample_classes(const SampleClasses&) { refuse(); }
