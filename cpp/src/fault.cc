@@ -48,7 +48,7 @@ void raise_fault(const FaultRecord& r) {
                        to_string(r.limit) + at);
     case Fault::index_range:
       throw ShapeError(name + "expected inputs in [0, " + to_string(r.limit) + "), got " + to_string(r.value) +
-                       " in row " + to_string(r.position));
+                       " at row " + to_string(r.position));
     case Fault::index_order:
       throw ShapeError(name + "expected distinct inputs in ascending order, got " + to_string(r.limit) + " before " +
                        to_string(r.value) + " in row " + to_string(r.position));
