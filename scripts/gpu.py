@@ -297,7 +297,7 @@ def sanitizer_lines(text: str) -> str:
 
 
 def bench_scripts() -> list[str]:
-    """Those of bench/ that can be told a device, the dense head first."""
+    """Those of bench/ that can be told a device, and then a budget, the dense head first."""
     option = re.compile(r'add_argument\(\s*"--device"')
     known = [path.name for path in (ROOT / "bench").glob("*.py") if option.search(path.read_text("utf-8"))]
     return sorted(known, key=lambda name: (name != "dense.py", name))
@@ -314,8 +314,7 @@ def bench(machine: Machine, runner: Runner, limit: float) -> Outcome:
             parts.append(f"{name}: no time left")
             continue
         words = [machine.python, f"bench/{name}", "--device", "cuda"]
-        if name == "dense.py":
-            words += ["--budget", f"{max(5.0, left - 30.0):.0f}"]  # beside it: starting, and a cell that takes longer
+        words += ["--budget", f"{max(5.0, left - 30.0):.0f}"]  # beside it: starting, and a cell that takes longer
         done = runner.command(words, left, machine.env())
         parts.append(f"{name}: {last_line(done.text)}" if not done.ok else f"{name}: done in {done.seconds:.0f} s")
         result = done.result if not done.ok else result
