@@ -62,9 +62,9 @@ def sparse_gpu_tables(result: dict[str, Any]) -> str:
     left = f" Left out for time: {', '.join(result['left_out'])}." if result.get("left_out") else ""
     columns = ["floor", "gathered GB", "rewiring", "drawing"]
     parts = [
-        "Squared hinge, ms of loss and gradients, then with the SGD step; widehead fused takes it inside backward. `~`:\n"
-        "the gradient is off by more than 5 %. Floor: the larger of bytes (weights read and written, index read) and\n"
-        "flops. Gathered: rows of the batch that pass through the caches if each connection fetches its own.",
+        "Squared hinge, ms of loss and gradients, then with the SGD step; widehead fused takes it inside backward.\n"
+        "`~`: the gradient is off by more than 5 %. Floor: the larger of bytes (weights read and written, index\n"
+        "read) and flops. Gathered: rows of the batch that pass through the caches if each connection fetches its own.",
         table(["ms", *names, *columns], times),
         table(["MiB at the peak beyond weights and inputs", "weights and index", *names], memory),
         f"Measured on {conditions(result)}.{left}" + (f" Not measured: {missing}." if missing else ""),

@@ -63,8 +63,9 @@ class SparseHead(Head):
     `FusedAdam` update inside backward, and their step() rewires.
 
     On a GPU nothing waits to learn whether a step was refused (a bad label, an overflow under a GradScaler): the
-    schedule of rewiring counts the calls of step() that closed one, and nothing moves after a refused one. A CUDA graph
-    has the same work every time, so a step() inside its capture never rewires: call `rewire` between replays.
+    schedule of rewiring counts the calls of step() that closed one (after a checkpoint's loading: the steps taken, as
+    it has them), and nothing moves after a refused one. A CUDA graph has the same work every time, so a step() inside
+    its capture never rewires: call `rewire` between replays.
 
     DistributedDataParallel cannot send torch.uint16, and need not: the same seed gives every rank the same index, and
     the same `step=` the same rewiring. Before wrapping `net` with a head at `net.head` call
