@@ -90,8 +90,8 @@ class _Gpu:
         there = self.torch.empty_strided(host.shape, host.stride(), dtype=host.dtype, device="cuda")
         there.copy_(host)
         self.pairs.append((host, there))
-        kind = self.torch.uint16 if name == "index" else self.torch.bfloat16
-        typed = there.view(kind) if array.dtype == np.uint16 else there
+        halves = self.torch.uint16 if name == "index" else self.torch.bfloat16
+        typed = there.view(halves) if array.dtype == np.uint16 else there
         return self.torch.utils.dlpack.to_dlpack(typed)
 
     def scratch(self, n: int) -> Any:
@@ -122,7 +122,7 @@ def call(
     def give(value: Any, name: str = "") -> Any:
         if isinstance(value, np.ndarray):
             return place.give(value, name)
-        return {name: give(v, name) for name, v in value.items()} if isinstance(value, dict) else value
+        return {name: give(v) for name, v in value.items()} if isinstance(value, dict) else value
 
     faults = np.zeros(FAULT_NUMBERS, np.int64)
     refused = np.zeros(1, np.int32) if refused is None else refused

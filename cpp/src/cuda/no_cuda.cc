@@ -22,6 +22,10 @@ std::int64_t scratch_bytes(const DenseLogits&) { refuse(); }
 std::int64_t scratch_bytes(const DenseScores&) { refuse(); }
 std::int64_t scratch_bytes(const DenseTopK&) { refuse(); }
 std::int64_t scratch_bytes(const UpdateRows&) { refuse(); }
+void gather_rows(const GatherRows&) { refuse(); }
+void update_rows(const UpdateRows&) { refuse(); }
+void sample_classes(const SampleClasses&) { refuse(); }
+void init_uniform(const AnyMatrix&, double, double, std::uint64_t, std::int64_t, const Device&) { refuse(); }
 std::int64_t scratch_bytes(const Rewire&) { refuse(); }
 void rewire(const Rewire&) { refuse(); }
 void draw_index(void*, Dtype, std::int64_t, std::int64_t, std::int64_t, std::int64_t, std::uint64_t, std::int64_t,
@@ -29,10 +33,6 @@ void draw_index(void*, Dtype, std::int64_t, std::int64_t, std::int64_t, std::int
   refuse();
 }
 void check_index(const SparseIndex&, std::int64_t, std::int64_t, std::int64_t, const Device&) { refuse(); }
-void gather_rows(const GatherRows&) { refuse(); }
-void update_rows(const UpdateRows&) { refuse(); }
-void sample_classes(const SampleClasses&) { refuse(); }
-void init_uniform(const AnyMatrix&, double, double, std::uint64_t, std::int64_t, const Device&) { refuse(); }
 void set_cublas_path(const std::string&) {}  // harmless: there is nothing to find
 
 }  // namespace widehead::cuda
