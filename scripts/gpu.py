@@ -37,8 +37,11 @@ WANTED = (
     "cut_cross_entropy", "liger_kernel",
 )  # fmt: skip
 HEADLINE_BYTES = 120e9
-SANITIZE = "cuda and (test_each_output or test_equals_cross_entropy or test_bce_equals_torch or test_bfloat16_rounding)"
-SANITIZED = ("dense", "update", "torch_dense", "torch_optim")  # the files that it is looked for in
+SANITIZE = (
+    "cuda and (test_each_output or test_equals_cross_entropy or test_bce_equals_torch or test_bfloat16_rounding"
+    " or test_all_and_none_move)"
+)
+SANITIZED = ("dense", "update", "rewire", "torch_dense", "torch_optim")  # the files that it is looked for in
 
 TOTALS = re.compile(r"^=+ (.*\d+ \w+.*) in [\d.]+s.*=+$", re.M)  # pytest's last line
 UNSUPPORTED = r".*(?:Device not supported|is not supported|[Ii]nsufficient permission).*"  # of compute-sanitizer
