@@ -217,3 +217,27 @@ def test_own_changes_are_not_looked_at_again(device: str, monkeypatch: pytest.Mo
     head.index = head.index.int()  # another type: taken in its own
     head._check_index()
     assert head.index.dtype == torch.uint16 and len(calls) == 2
+
+
+@only_gpu
+@pytest.mark.parametrize("options", MODES, ids=str)
+def test_no_number_is_read_back(options: dict[str, Any], device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    head = make(device, rewire_every=1, **options)
+    optimizer = FusedAdam(head, lr=0.1)
+    close_step(optimizer)
+    seen = [head.index.clone()]
+
+    def waits(tensor: Tensor, *_: Any) -> Any:
+        raise AssertionError("a number is read back from the device")
+
+    with monkeypatch.context() as during:
+        for name in ("item", "tolist", "cpu", "numpy", "__int__", "__float__", "__bool__"):
+            during.setattr(Tensor, name, waits)
+        head.after_step(torch.ones((), dtype=torch.int64, device=device))
+        seen.append(head.index.clone())
+        moved = head.rewire()
+        seen.append(head.index.clone())
+        with pytest.raises(AssertionError, match="read back"):
+            int(moved)
+    assert int(moved) > 0
+    assert not any(torch.equal(a, b) for a, b in zip(seen, seen[1:], strict=False))
