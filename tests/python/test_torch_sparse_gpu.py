@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -240,4 +241,4 @@ def test_no_number_is_read_back(options: dict[str, Any], device: str, monkeypatc
         with pytest.raises(AssertionError, match="read back"):
             int(moved)
     assert int(moved) > 0
-    assert not any(torch.equal(a, b) for a, b in zip(seen, seen[1:], strict=False))
+    assert not any(torch.equal(a, b) for a, b in itertools.pairwise(seen))
