@@ -5,6 +5,7 @@
 #include "widehead/dense.h"
 #include "widehead/rows.h"
 #include "widehead/sampling.h"
+#include "widehead/sparse.h"
 
 namespace widehead::cuda {
 
@@ -19,6 +20,17 @@ std::int64_t scratch_bytes(const DenseBackward& args);
 std::int64_t scratch_bytes(const DenseLogits& args);
 std::int64_t scratch_bytes(const DenseScores& args);
 std::int64_t scratch_bytes(const DenseTopK& args);
+
+void sparse_forward(const SparseForward& args);
+void sparse_backward(const SparseBackward& args);
+void sparse_logits(const SparseLogits& args);
+void sparse_scores(const SparseScores& args);
+void sparse_topk(const SparseTopK& args);
+std::int64_t scratch_bytes(const SparseForward& args);
+std::int64_t scratch_bytes(const SparseBackward& args);
+std::int64_t scratch_bytes(const SparseLogits& args);
+std::int64_t scratch_bytes(const SparseScores& args);
+std::int64_t scratch_bytes(const SparseTopK& args);
 
 void gather_rows(const GatherRows& args);
 void update_rows(const UpdateRows& args);

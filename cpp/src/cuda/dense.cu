@@ -17,13 +17,14 @@ constexpr i64 kGradientBytes = i64{128} << 20;  // at most, of a tile's dW: smal
 Cut cut(const DenseLayer& layer, const Device& device) {
   const Hardware& h = hardware(device.index);
   const i64 size = size_of(layer.weight.dtype == Dtype::f64 ? Dtype::f64 : Dtype::f32), budget = h.l2_bytes / 2 / size;
-  const i64 batch = at_least(1, layer.hidden.rows), classes = layer.weight.rows;
+  const i64 batch = at_least(1, layer.hidden.rows), classes = at_least(1, layer.weight.rows);
   Cut c{};
   // A chunk reads the tile's weights again, and a tile all of dX: as many examples as classes keep the sum of both small.
   const i64 side = at_least(64, static_cast<i64>(std::sqrt(static_cast<double>(budget))));
   c.chunk = at_most(batch, round_up(ceil_div(batch, ceil_div(batch, side)), kPatchRows));
   c.tile = at_most(kLargestTile, at_least(kSmallestTile, budget / c.chunk / 128 * 128));
-  c.tile = at_most(c.tile, at_least(kSmallestTile, kGradientBytes / (size * layer.weight.cols) / 128 * 128));
+  c.tile =
+      at_most(c.tile, at_least(kSmallestTile, kGradientBytes / (size * at_least(1, layer.weight.cols)) / 128 * 128));
   c.tile = at_most(c.tile, classes);
   c.cut_pieces(h);
   return c;
