@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pytest
 
-from dense_cases import LOSSES, exact, multi_labels, single_labels, stored, strided
-from devices import call
+from dense_cases import LOSSES, exact, far_apart, multi_labels, single_labels, stored, strided
+from devices import call, only_gpu
 from reference import UNIT, Dense, Targets, within
 from widehead import _core
 
@@ -282,6 +285,80 @@ def test_queries(unit: str, dtype: str) -> None:
         assert np.array_equal(names, order) and np.array_equal(best, np.take_along_axis(logits, order, 1))
         top = ref.z.max(1)
         within(lse, top + np.log(np.exp(ref.z - top[:, None]).sum(1)), ref.z_error.max(1) * 4 + 1e-5, "lse")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_offsets_past_two_to_the_31(unit: str, dtype: str) -> None:
+    """Rows far apart: offsets of elements pass 2^31, and results are those of the compact matrices, bit for bit."""
+    if unit == "cuda" and not _core.cuda_emulated:
+        pytest.skip("a GPU has no memory by the page")
+    shape = (19, 21, 64, 7, 1)
+    near, far = (make(shape, dtype=dtype, loss="softmax", device=unit) for _ in range(2))
+    for name in ("hidden", "weight", "index"):
+        setattr(far, name, far_apart(getattr(near, name), 1 << 27))
+    lse = near.forward()["lse"]
+    assert np.array_equal(far.forward()["lse"], lse)
+    results = []
+    for case, spread in ((near, lambda x: x), (far, lambda x: far_apart(x, 1 << 27))):
+        state = {name: spread(np.zeros(near.weight.shape, np.float32)) for name in ("first", "second")}
+        state |= {name: np.zeros(21, np.float32) for name in ("bias_first", "bias_second")}
+        out = {"weight": spread(np.array(near.weight)), "bias": near.bias.copy()}
+        out["grad_hidden"] = spread(np.zeros_like(near.hidden))
+        incoming = {"lse": lse, "grad_losses": weights_of_examples(near)}
+        update = {"optimizer": "adam", "rounding": "stochastic", "lr": 0.1, "step": 1, **state}
+        call(_core.sparse_backward, unit, **{**case.arguments(), **incoming, **out, "update": update})
+        gradient, logits = (spread(np.zeros(s, np.float32)) for s in (near.weight.shape, (19, 21)))
+        call(_core.sparse_backward, unit, **case.arguments(), **incoming, grad_weight=gradient)
+        call(_core.sparse_logits, unit, **case.layer(), logits=logits)
+        results.append({**out, **state, "grad_weight": gradient, "logits": logits})
+    for name, want in results[0].items():
+        assert np.array_equal(results[1][name], want), name
+
+
+def test_every_row_of_many_classes(unit: str) -> None:
+    """More classes than blocks of a grid hold 32 of: no row of the gradient, and no logit, is left as it was."""
+    classes = 70_000 if unit == "cuda" and _core.cuda_emulated else 2_200_000  # emulated, a million take a minute
+    rng = np.random.default_rng(0)
+    hidden = rng.uniform(1.0, 2.0, (1, 4)).astype(np.float32)
+    weight = np.ones((classes, 2), np.float32)
+    index = np.where(np.arange(classes) % 2 == 0, 0, 2)[:, None] + np.arange(2)
+    layer = {"hidden": hidden, "weight": weight, "index": index.astype(np.uint16), "bias": None}
+    target = {"indptr": np.zeros(2, np.int64), "indices": np.zeros(0, np.int64), "values": None}
+    gradient, scale = np.full(weight.shape, np.nan, np.float32), np.ones(1, np.float32)
+    incoming = {"loss": "squared_hinge", "lse": None, "grad_losses": scale}
+    call(_core.sparse_backward, unit, **layer, **target, **incoming, grad_weight=gradient)
+    logits = np.full((1, classes), np.nan, np.float32)
+    call(_core.sparse_logits, unit, **layer, logits=logits)
+    z = hidden.astype(np.float64)[:, index].sum(-1)
+    within(logits, z, 1e-6 * z, "logits")
+    want = 2 * (1 + z[0, :, None]) * hidden.astype(np.float64)[0, index]
+    within(gradient, want, 1e-6 * want, "grad_weight")
+
+
+def test_every_class_has_an_input(unit: str) -> None:
+    """Lists of an input's classes that a block sorts and sums, where the others are a warp's."""
+    for dtype in DTYPES:
+        case = make((3, 1200, 300, 9, 1), dtype=dtype, device=unit)
+        case.index[:, 0] = 0  # ascending as before
+        check(case)
+
+
+def test_long_lists_of_a_large_cache() -> None:
+    """Tiles of a card's size, where lists outgrow shared memory."""
+    if not _core.cuda_emulated:
+        pytest.skip("the size of the cache is the card's")
+    script = "from test_sparse import *; check(make((2, 20_000, 3, 2, 1), device='cuda'))"
+    environment = {**os.environ, "WIDEHEAD_EMULATED_L2": str(32 << 20), "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@only_gpu
+def test_same_bits_every_time(device: str) -> None:
+    for shape, dtype in (((70, 1000, 200, 32, 1), "bfloat16"), ((40, 900, 100, 20, 16), "float32")):
+        case = make(shape, dtype=dtype, device=device)
+        runs = [{**case.forward(), **case.backward(weights_of_examples(case))} for _ in range(2)]
+        assert all(np.array_equal(value, runs[1][name]) for name, value in runs[0].items())
 
 
 def test_drawn_inputs() -> None:
