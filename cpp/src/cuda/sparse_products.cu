@@ -12,6 +12,9 @@ namespace {
 constexpr unsigned kAll = ~0u;
 constexpr int kThreads = 256, kWarps = kThreads / 32;
 constexpr int kLongList = 1024;  // entries of an input that the warps of a block share
+// Blocks of a multiprocessor: few, so that there are registers for many loads under way.
+template <class W>
+constexpr int kBlocks = sizeof(W) == 8 ? 2 : 3;
 constexpr i64 kManyBlocks = i64{1} << 20;
 
 template <class W, int kExamples_>
@@ -57,9 +60,28 @@ __device__ inline void add_row(Real (&sum)[kCount], const W* row, Real w) {
   for (int i = 0; i < kCount; ++i) sum[i] += w * static_cast<Real>(to_float(v.at[i]));
 }
 
+// Adds `there` rows, at most 32, whose numbers and factors the lanes have. Of 32 there is nothing to ask before a load.
+template <class P, class W, class Row, class Real>
+__device__ inline void add_rows(Real (&sum)[P::kCount], const W* slice, int padded, Row row, Real factor, int there) {
+  const int mine = static_cast<int>(threadIdx.x) % 32 / P::kLanes;
+  if (there == 32) {
+#pragma unroll
+    for (int k = 0; k < 32; k += P::kRows) {
+      const Row from = __shfl_sync(kAll, row, k + mine);
+      add_row<W>(sum, slice + static_cast<i64>(from) * padded, __shfl_sync(kAll, factor, k + mine));
+    }
+    return;
+  }
+  for (int k = 0; k < there; k += P::kRows) {
+    const Row from = __shfl_sync(kAll, row, k + mine);
+    const Real w = __shfl_sync(kAll, factor, k + mine);
+    if (k + mine < there) add_row<W>(sum, slice + static_cast<i64>(from) * padded, w);
+  }
+}
+
 // A block takes 32 classes and kExamples examples: z leaves through shared memory, in whole lines.
 template <class W, int kExamples>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks<W>)
     logits_kernel(SparseWeights<W> s, const W* x, i64 rows, i64 first, i64 count, RealOf<W>* z, i64 z_stride) {
   using P = Pass<W, kExamples>;
   using Real = RealOf<W>;
@@ -77,13 +99,7 @@ __global__ void __launch_bounds__(kThreads)
         const int there = static_cast<int>(at_most(32, fan_in - k0));
         const int input = lane < there ? s.inputs.at(c, k0 + lane) : 0;
         const Real w = lane < there ? static_cast<Real>(to_float(weight[k0 + lane])) : Real{0};
-#pragma unroll 4
-        for (int k = 0; k < there; k += P::kRows) {
-          const int from = k + lane / P::kLanes;
-          const int row = __shfl_sync(kAll, input, from);
-          const Real factor = __shfl_sync(kAll, w, from);
-          if (from < there) add_row<W>(sum, slice + static_cast<i64>(row) * s.padded, factor);
-        }
+        add_rows<P>(sum, slice, s.padded, input, w, there);
       }
       const int at = lane % P::kLanes * P::kCount + add_and_share<P::kCount, 16, P::kLanes>(sum, lane);
 #pragma unroll
@@ -101,7 +117,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // A warp a class; a lane keeps one row's sum for each of its kLanes rows, and in the end one of 32 inputs.
 template <class W, int kExamples>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks<W>)
     grad_weight_kernel(SparseWeights<W> s, const W* x, const W* g, i64 first, i64 count, RealOf<W>* to, i64 to_stride,
                        bool accumulate) {
   using P = Pass<W, kExamples>;
@@ -118,11 +134,10 @@ __global__ void __launch_bounds__(kThreads)
       for (int b = 0; b < s.padded; b += kExamples) {
         const Vector<W> v = *reinterpret_cast<const Vector<W>*>(mine + b);
         const W* slice = x + b + part;
+        // Past the fan-in the first row is read, and the sum left alone in the end.
 #pragma unroll
         for (int j = 0; j < P::kLanes; ++j) {
-          const int k = j * P::kRows + row;
-          const int h = __shfl_sync(kAll, input, k);
-          if (k >= there) continue;
+          const int h = __shfl_sync(kAll, input, j * P::kRows + row);
           const Vector<W> u = *reinterpret_cast<const Vector<W>*>(slice + static_cast<i64>(h) * s.padded);
 #pragma unroll
           for (int i = 0; i < P::kCount; ++i)
@@ -150,20 +165,14 @@ __device__ inline int sum_entries(const SparseWeights<W>& s, const std::uint32_t
     Real w = 0;
     if (lane < there)
       w = static_cast<Real>(to_float(s.weight[(first + cls) * s.stride + (entry - cls * s.inputs.fan_in)]));
-#pragma unroll 4
-    for (int e = 0; e < there; e += P::kRows) {
-      const int from = e + lane / P::kLanes;
-      const std::uint32_t row = __shfl_sync(kAll, cls, from);
-      const Real factor = __shfl_sync(kAll, w, from);
-      if (from < there) add_row<W>(sum, slice + static_cast<i64>(row) * s.padded, factor);
-    }
+    add_rows<P>(sum, slice, s.padded, cls, w, there);
   }
   return lane % P::kLanes * P::kCount + add_and_share<P::kCount, 16, P::kLanes>(sum, lane);
 }
 
 // A warp an input and slice; a long list is cut into equal parts for the warps of the block, added in their order.
 template <class W, int kExamples>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks<W>)
     grad_hidden_kernel(SparseWeights<W> s, ListView lists, const W* g, i64 first, RealOf<W>* dx) {
   using P = Pass<W, kExamples>;
   using Real = RealOf<W>;
