@@ -287,6 +287,30 @@ def test_queries(unit: str, dtype: str) -> None:
         within(lse, top + np.log(np.exp(ref.z - top[:, None]).sum(1)), ref.z_error.max(1) * 4 + 1e-5, "lse")
 
 
+@only_gpu
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_groups_that_share_factors(device: str, dtype: str) -> None:
+    """Groups around a product's 16 rows and 64 classes, larger than a tile, fan-ins past 64; aligned and not."""
+    shapes = [
+        (33, 70, 90, 64, 8),
+        (70, 300, 200, 130, 20),
+        (7, 700, 300, 32, 600),
+        (1, 90, 100, 65, 64),
+        (130, 140, 150, 16, 130),
+        (64, 64, 64, 64, 16),
+        (20, 33, 40, 1, 9),
+    ]
+    for i, shape in enumerate(shapes):
+        check(
+            make(shape, seed=i, dtype=dtype, pad=(0, 3)[i % 2], loss=("squared_hinge", "softmax")[i % 2], device=device)
+        )
+        case = make(shape, seed=i, dtype=dtype, device=device)
+        case.hidden[:, 0] = 0x7FC0 if dtype == "bfloat16" else np.nan  # only those who read it see it
+        logits = np.zeros((shape[0], shape[1]), np.float32)
+        call(_core.sparse_logits, device, **case.layer(), logits=logits)
+        assert np.array_equal(np.isnan(logits), np.broadcast_to((case.inputs() == 0).any(1), logits.shape))
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_offsets_past_two_to_the_31(unit: str, dtype: str) -> None:
     """Rows far apart: offsets of elements pass 2^31, and results are those of the compact matrices, bit for bit."""

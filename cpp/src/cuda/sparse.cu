@@ -4,6 +4,7 @@
 #include <type_traits>
 
 #include "cuda/backend.h"
+#include "cuda/sparse_groups.h"
 #include "cuda/sparse_head.h"
 #include "cuda/sparse_products.h"
 #include "cuda/tile_driver.h"
@@ -14,7 +15,8 @@ namespace {
 constexpr i64 kLargestTile = 65536, kSmallestTile = 256;
 constexpr i64 kGradientBytes = i64{128} << 20;  // at most, of a tile's dW
 
-// X' of a chunk takes about a quarter of the L2 cache, Z of a tile another, what is listed of its index an eighth.
+// X' of a chunk takes about a quarter of the L2 cache, Z of a tile another, and what is listed of its index an eighth: or,
+// of groups, what they give to their inputs a quarter.
 Cut cut(const SparseLayer& layer, const Device& device) {
   const Hardware& h = hardware(device.index);
   const i64 size = layer.weight.dtype == Dtype::f64 ? 8 : 4, fan_in = at_least(1, layer.weight.cols);
@@ -24,9 +26,14 @@ Cut cut(const SparseLayer& layer, const Device& device) {
   const i64 most = at_least(64, fit / 64 * 64);
   c.chunk = batch <= most ? batch : round_up(ceil_div(batch, ceil_div(batch, most)), 64);
   c.tile = at_most(kLargestTile, h.l2_bytes / 4 / size / padded_examples(c.chunk));
-  c.tile = at_most(c.tile, at_most(h.l2_bytes / 8 / 4, kGradientBytes / size) / fan_in);
+  const i64 group = layer.index.group_size;
+  const bool grouped = groups_fit(device, layer.weight.dtype, group);
+  const i64 listed =
+      grouped ? h.l2_bytes / 4 / 4 / padded_examples(c.chunk) / fan_in * group : h.l2_bytes / 8 / 4 / fan_in;
+  c.tile = at_most(c.tile, at_most(listed, kGradientBytes / size / fan_in));
   c.tile = at_least(kSmallestTile, c.tile / 128 * 128);
   c.tile = at_most(at_most(c.tile, most_listed_classes(fan_in)), at_least(1, layer.weight.rows));
+  if (grouped && c.tile > group) c.tile = c.tile / group * group;
   c.cut_pieces(h);
   return c;
 }
@@ -47,7 +54,9 @@ class SparseProducts {
     g_ = scratch.take<W>(cuts.tile * padded_);
     if (!grad_hidden_) return;
     dx_ = scratch.take<Real>(chunks() * chunk_size());
-    lists_ = SparseLists(layer_.hidden.cols, cuts.tile, layer_.weight.cols, scratch);
+    const i64 rows = grouped() ? most_groups(cuts.tile, group_size()) : cuts.tile;
+    lists_ = SparseLists(layer_.hidden.cols, rows, layer_.weight.cols, scratch);
+    if (grouped()) group_dx_ = scratch.take<Real>(rows * layer_.weight.cols * padded_);
   }
 
   void begin(const Report* strict) const {
@@ -65,7 +74,10 @@ class SparseProducts {
   void filter(GradientTask<W, Real>&) const {}
 
   void begin_tile(const TilePlace& place) const {
-    if (grad_hidden_) lists_.build(device_, inputs(), place.first, place.count);
+    if (!grad_hidden_) return;
+    if (!grouped()) return lists_.build(device_, weights().inputs, place.first, place.count);
+    const TileGroups t(place.first, place.count, group_size());
+    lists_.build(device_, rows_of(weights().inputs), t.first_group, t.groups);
   }
 
   void gradients(const TilePlace& place, const W* g) const {
@@ -73,7 +85,14 @@ class SparseProducts {
   }
 
   void add_grad_hidden(const TilePlace& place, const W*) const {
-    gather_grad_hidden(device_, weights(), lists_.view(), g_, place.first, dx_ + place.row / cuts.chunk * chunk_size());
+    Real* dx = dx_ + place.row / cuts.chunk * chunk_size();
+    if constexpr (sizeof(W) == 2) {
+      if (grouped()) {
+        group_grad_hidden(device_, weights(), g_, place.first, place.count, group_dx_);
+        return gather_rows_of_groups(device_, lists_.view(), group_dx_, padded_, dx);
+      }
+    }
+    gather_grad_hidden(device_, weights(), lists_.view(), g_, place.first, dx);
   }
 
   void add_grad_weight(const TilePlace& place, const W*, const TileGradient& to) const {
@@ -91,14 +110,15 @@ class SparseProducts {
   i64 chunks() const { return ceil_div(layer_.hidden.rows, cuts.chunk); }
   i64 chunk_size() const { return layer_.hidden.cols * padded_; }
   const W* x(const TilePlace& place) const { return x_ + place.row / cuts.chunk * chunk_size(); }
-  SparseInputs inputs() const { return {layer_.index, layer_.weight.cols, layer_.hidden.cols}; }
+  i64 group_size() const { return layer_.index.group_size; }
+  bool grouped() const { return groups_fit(device_, layer_.weight.dtype, group_size()); }
   SparseWeights<W> weights() const { return weights_of<W>(layer_, {}, padded_); }
 
   const SparseLayer& layer_;
   const Device& device_;
   i64 padded_;
   W *x_ = nullptr, *g_ = nullptr;
-  Real* dx_ = nullptr;
+  Real *dx_ = nullptr, *group_dx_ = nullptr;
   AnyMatrix grad_hidden_;
   SparseLists lists_;
 };

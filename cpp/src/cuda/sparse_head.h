@@ -26,8 +26,10 @@ inline DenseLayer as_dense(const SparseLayer& layer) {
 
 template <class W>
 SparseWeights<W> weights_of(const SparseLayer& layer, const ConstAnyVector& bias, i64 padded) {
-  return {static_cast<const W*>(layer.weight.data), layer.weight.stride, bias,
-          SparseInputs(layer.index, layer.weight.cols, layer.hidden.cols), static_cast<int>(padded)};
+  const ConstAnyMatrix& w = layer.weight;
+  const bool aligned = reinterpret_cast<std::uintptr_t>(w.data) % 16 == 0 && w.stride * size_of(w.dtype) % 16 == 0;
+  return {static_cast<const W*>(w.data), w.stride, aligned, bias, SparseInputs(layer.index, w.cols, layer.hidden.cols),
+          static_cast<int>(padded)};
 }
 
 }  // namespace widehead::cuda

@@ -11,12 +11,12 @@ namespace widehead::cuda {
 
 // The index as kernels take it.
 struct SparseInputs {
-  const void* data;
-  bool wide;  // int32, else uint16
-  i64 stride;
-  i64 group_size;
-  std::uint32_t fan_in, last;  // last: the last feature
+  const void* data = nullptr;
+  bool wide = false;  // int32, else uint16
+  i64 stride = 0, group_size = 1;
+  std::uint32_t fan_in = 0, last = 0;  // last: the last feature
 
+  SparseInputs() = default;
   SparseInputs(const SparseIndex& index, i64 k, i64 features)
       : data(index.data),
         wide(index.dtype == Dtype::i32),
@@ -26,13 +26,20 @@ struct SparseInputs {
         last(static_cast<std::uint32_t>(features - 1)) {}
 
   // Always a feature: an index that was never checked gives wrong numbers, but does not lead out of memory.
-  __device__ inline int at(i64 cls, i64 k) const {
-    const i64 i = (group_size == 1 ? cls : cls / group_size) * stride + k;
+  __device__ inline int at(i64 cls, i64 k) const { return of_row(group_size == 1 ? cls : cls / group_size, k); }
+  __device__ inline int of_row(i64 row, i64 k) const {
+    const i64 i = row * stride + k;
     const std::uint32_t h = wide ? static_cast<std::uint32_t>(static_cast<const std::int32_t*>(data)[i])
                                  : static_cast<const std::uint16_t*>(data)[i];
     return static_cast<int>(h < last ? h : last);
   }
 };
+
+// Rows of the index as classes of their own.
+inline SparseInputs rows_of(SparseInputs inputs) {
+  inputs.group_size = 1;
+  return inputs;
+}
 
 // Of input h: entries[starts[h] .. starts[h + 1]), each class * fan_in + k with the class counted from the tile's first,
 // ascending.

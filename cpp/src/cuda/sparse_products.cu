@@ -4,6 +4,7 @@
 // bytes of a row a pass, whole sectors of the L2 cache. All passes over one slice of the examples come before the next
 // slice, so what they gather from is features * kExamples numbers, which stay in the cache.
 #include "cuda/intrinsics.h"
+#include "cuda/sparse_groups.h"
 #include "cuda/sparse_products.h"
 
 namespace widehead::cuda {
@@ -152,8 +153,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks<W>)
   }
 }
 
-// What entries [begin, end) of a list give for one slice of the examples; each lane ends with kLeft sums.
-template <class P, class W, class Real>
+// What entries [begin, end) of a list give for one slice of the examples; each lane ends with kLeft sums. kRows: entries
+// are rows of the slice.
+template <class P, bool kRows, class W, class Real>
 __device__ inline int sum_entries(const SparseWeights<W>& s, const std::uint32_t* entries, int begin, int end,
                                   const W* slice, i64 first, Real (&sum)[P::kCount]) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
@@ -161,9 +163,9 @@ __device__ inline int sum_entries(const SparseWeights<W>& s, const std::uint32_t
   for (int i = 0; i < P::kCount; ++i) sum[i] = 0;
   for (int e0 = begin; e0 < end; e0 += 32) {
     const int there = end - e0 < 32 ? end - e0 : 32;
-    const std::uint32_t entry = lane < there ? entries[e0 + lane] : 0, cls = entry / s.inputs.fan_in;
-    Real w = 0;
-    if (lane < there)
+    const std::uint32_t entry = lane < there ? entries[e0 + lane] : 0, cls = kRows ? entry : entry / s.inputs.fan_in;
+    Real w = 1;
+    if (!kRows && lane < there)
       w = static_cast<Real>(to_float(s.weight[(first + cls) * s.stride + (entry - cls * s.inputs.fan_in)]));
     add_rows<P>(sum, slice, s.padded, cls, w, there);
   }
@@ -171,7 +173,7 @@ __device__ inline int sum_entries(const SparseWeights<W>& s, const std::uint32_t
 }
 
 // A warp an input and slice; a long list is cut into equal parts for the warps of the block, added in their order.
-template <class W, int kExamples>
+template <class W, int kExamples, bool kRows>
 __global__ void __launch_bounds__(kThreads, kBlocks<W>)
     grad_hidden_kernel(SparseWeights<W> s, ListView lists, const W* g, i64 first, RealOf<W>* dx) {
   using P = Pass<W, kExamples>;
@@ -186,7 +188,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<W>)
     const int length = h < lists.features ? lists.starts[h + 1] - begin : 0;
     if (length > 0 && length <= kLongList) {
       Real sum[P::kCount];
-      const int at = sum_entries<P>(s, lists.entries, begin, begin + length, slice, first, sum);
+      const int at = sum_entries<P, kRows>(s, lists.entries, begin, begin + length, slice, first, sum);
 #pragma unroll
       for (int j = 0; j < P::kLeft; ++j) dx[h * s.padded + b0 + at + j] += sum[j];
     }
@@ -196,8 +198,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks<W>)
       if (all <= kLongList) continue;
       const int each = static_cast<int>(ceil_div(all, kWarps)), mine = from + warp * each;
       Real sum[P::kCount];
-      const int at =
-          sum_entries<P>(s, lists.entries, mine, static_cast<int>(at_most(from + all, mine + each)), slice, first, sum);
+      const int at = sum_entries<P, kRows>(s, lists.entries, mine, static_cast<int>(at_most(from + all, mine + each)),
+                                           slice, first, sum);
 #pragma unroll
       for (int j = 0; j < P::kLeft; ++j) parts[warp][at + j] = sum[j];
       __syncthreads();
@@ -224,6 +226,9 @@ void by_pass(int padded, F f) {
 template <class W>
 void gather_logits(const Device& device, const SparseWeights<W>& s, const W* x, i64 rows, i64 first, i64 count,
                    RealOf<W>* z, i64 z_stride) {
+  if constexpr (sizeof(W) == 2)
+    if (groups_fit(device, DtypeOf<W>::value, s.inputs.group_size))
+      return group_logits(device, s, x, rows, first, count, z, z_stride);
   by_pass<W>(s.padded, [&](auto examples) {
     constexpr int kExamples = decltype(examples)::value;
     launch(device, blocks_for(ceil_div(count, 32) * ceil_div(rows, kExamples), 1, kManyBlocks), kThreads, 0,
@@ -234,6 +239,9 @@ void gather_logits(const Device& device, const SparseWeights<W>& s, const W* x, 
 template <class W>
 void gather_grad_weight(const Device& device, const SparseWeights<W>& s, const W* x, const W* g, i64 first, i64 count,
                         RealOf<W>* to, i64 to_stride, bool accumulate) {
+  if constexpr (sizeof(W) == 2)
+    if (groups_fit(device, DtypeOf<W>::value, s.inputs.group_size))
+      return group_grad_weight(device, s, x, g, first, count, to, to_stride, accumulate);
   by_pass<W>(s.padded, [&](auto examples) {
     launch(device, blocks_for(count, kWarps, kManyBlocks), kThreads, 0,
            grad_weight_kernel<W, decltype(examples)::value>, s, x, g, first, count, to, to_stride, accumulate);
@@ -246,8 +254,15 @@ void gather_grad_hidden(const Device& device, const SparseWeights<W>& s, const L
   by_pass<W>(s.padded, [&](auto examples) {
     constexpr int kExamples = decltype(examples)::value;
     launch(device, blocks_for(ceil_div(lists.features, kWarps) * (s.padded / kExamples), 1, kManyBlocks), kThreads, 0,
-           grad_hidden_kernel<W, kExamples>, s, lists, g, first, dx);
+           grad_hidden_kernel<W, kExamples, false>, s, lists, g, first, dx);
   });
+}
+
+void gather_rows_of_groups(const Device& device, const ListView& lists, const float* g, i64 padded, float* dx) {
+  SparseWeights<float> s{};
+  s.padded = static_cast<int>(padded);
+  launch(device, blocks_for(ceil_div(lists.features, kWarps) * (padded / 32), 1, kManyBlocks), kThreads, 0,
+         grad_hidden_kernel<float, 32, true>, s, lists, g, i64{0}, dx);
 }
 
 #define WIDEHEAD_PRODUCTS(W)                                                                                        \

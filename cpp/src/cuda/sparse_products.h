@@ -19,6 +19,7 @@ template <class W>
 struct SparseWeights {
   const W* weight;
   i64 stride;
+  bool aligned;         // rows of weights begin at multiples of 16 bytes
   ConstAnyVector bias;  // added to logits where it is given
   SparseInputs inputs;
   int padded;
@@ -47,5 +48,7 @@ void gather_grad_weight(const Device& device, const SparseWeights<W>& s, const W
 template <class W>
 void gather_grad_hidden(const Device& device, const SparseWeights<W>& s, const ListView& lists, const W* g, i64 first,
                         RealOf<W>* dx);
+// The same with entries that are rows of `g` [., padded].
+void gather_rows_of_groups(const Device& device, const ListView& lists, const float* g, i64 padded, float* dx);
 
 }  // namespace widehead::cuda
