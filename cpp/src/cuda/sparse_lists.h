@@ -65,7 +65,7 @@ class SparseLists {
 
  private:
   i64 features_ = 0;
-  int *counts_ = nullptr, *starts_ = nullptr, *parts_ = nullptr;
+  int *counts_ = nullptr, *starts_ = nullptr, *parts_ = nullptr, *ranks_ = nullptr;
   std::uint32_t* entries_ = nullptr;
 };
 
