@@ -1,4 +1,4 @@
-"""tests/python/test_torch_sparse_cuda.py -- the sparse head in CUDA graphs, and steps that never wait, on a real GPU."""
+"""tests/python/test_torch_sparse_cuda.py -- the sparse head in CUDA graphs, and steps that do not wait; a real GPU."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 // sparse_lists.cu -- the transposed index of a tile: entries counted, placed and sorted input by input
 //
-// Atomics give each entry a place in its input's list, in any order; then the lists, which are short, are sorted. What is
-// summed along them comes in one order only, so results are the same bits every time.
+// Atomics give each entry a place in its input's list, in any order; then the lists, which are short, are sorted. What
+// is summed along them comes in one order only, so results are the same bits every time.
 #include "cuda/intrinsics.h"
 #include "cuda/sparse_lists.h"
 
@@ -16,7 +16,7 @@ constexpr int kBlockList = 8192;  // that a block sorts in shared memory; longer
 __device__ inline i64 global_thread() { return static_cast<i64>(blockIdx.x) * blockDim.x + threadIdx.x; }
 __device__ inline i64 threads_in_grid() { return static_cast<i64>(gridDim.x) * blockDim.x; }
 
-// Leaves in counts[h] how many entries input h has, and in ranks how many of them came before each; `counts` must be zero.
+// Leaves in counts[h], zero before, how many entries input h has, and in ranks how many of them came before each.
 __global__ void __launch_bounds__(kThreads)
     count_entries(SparseInputs in, i64 first, std::uint32_t n, int* counts, int* ranks) {
   for (i64 i = global_thread(); i < n; i += threads_in_grid()) {

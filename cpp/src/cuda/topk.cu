@@ -1,4 +1,4 @@
-// topk.cu -- the best classes of each example: logits tile by tile, the dense head's from cuBLAS, the best of them in lists
+// topk.cu -- the best classes of each example: logits tile by tile, and what is best of them kept in lists
 //
 // A tile Z [rows, tile] stays in the L2 cache. Its columns are cut into `slots` pieces, the same for all tiles, so that small
 // batches fill the card too; every (slot, row) is an item with a sorted list of its best `width`. A logit that beats the
