@@ -26,7 +26,7 @@ __device__ inline void turn(i64 rows, i64 columns, Read read, Write write) {
 }
 
 template <class W>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     gather_hidden_kernel(ConstAnyMatrix in, i64 chunk, i64 padded, W* x, bool strict, Report report) {
   using Real = RealOf<W>;
   const i64 rows = ceil_div(in.rows, chunk) * padded;
@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class Real, class To>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     store_grad_hidden_kernel(const Real* dx, i64 chunk, i64 padded, i64 batch, i64 features, To* out, i64 stride) {
   const i64 chunks = ceil_div(batch, chunk);
   turn<Real>(
@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class W>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     turn_gradients_kernel(const W* g, i64 rows, i64 stride, i64 count, i64 padded, W* out) {
   turn<W>(
       padded, count, [&](i64 b, i64 c) { return b < rows ? g[b * stride + c] : W{}; },
