@@ -22,6 +22,17 @@ std::int64_t scratch_bytes(const DenseLogits& args);
 std::int64_t scratch_bytes(const DenseScores& args);
 std::int64_t scratch_bytes(const DenseTopK& args);
 
+void sparse_forward(const SparseForward& args);
+void sparse_backward(const SparseBackward& args);
+void sparse_logits(const SparseLogits& args);
+void sparse_scores(const SparseScores& args);
+void sparse_topk(const SparseTopK& args);
+std::int64_t scratch_bytes(const SparseForward& args);
+std::int64_t scratch_bytes(const SparseBackward& args);
+std::int64_t scratch_bytes(const SparseLogits& args);
+std::int64_t scratch_bytes(const SparseScores& args);
+std::int64_t scratch_bytes(const SparseTopK& args);
+
 void gather_rows(const GatherRows& args);
 void update_rows(const UpdateRows& args);
 std::int64_t scratch_bytes(const UpdateRows& args);
