@@ -3,6 +3,7 @@
 #include <string>
 
 #include "widehead/dense.h"
+#include "widehead/ranges.h"
 #include "widehead/rows.h"
 #include "widehead/sampling.h"
 
@@ -19,6 +20,8 @@ std::int64_t scratch_bytes(const DenseBackward& args);
 std::int64_t scratch_bytes(const DenseLogits& args);
 std::int64_t scratch_bytes(const DenseScores& args);
 std::int64_t scratch_bytes(const DenseTopK& args);
+void join_softmax(const JoinSoftmax& args);
+std::int64_t scratch_bytes(const JoinSoftmax& args);
 
 void gather_rows(const GatherRows& args);
 void update_rows(const UpdateRows& args);

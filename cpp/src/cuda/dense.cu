@@ -111,7 +111,7 @@ struct Forward {
                                    tiles_.batch.targets, tiles_.z, sums_);
         },
         [](const TilePlace&) {});
-    finish_losses(args_.device, args_.loss, batch, args_.layer.weight.rows, tiles_.batch.targets,
+    finish_losses(args_.device, args_.loss, batch, args_.target.n_classes, tiles_.batch.targets,
                   tiles_.batch.weight_sum, sums_, tiles_.cuts.pieces.slots, args_.losses, args_.output, args_.lse);
   }
 
@@ -171,7 +171,7 @@ class Backward {
     tiles_.walk(
         blas, [&](const TilePlace& place) { chunk(blas, place); }, [&](const TilePlace& place) { finish_tile(place); });
     if (sums_)
-      finish_losses(args_.device, args_.loss, batch, args_.layer.weight.rows, tiles_.batch.targets,
+      finish_losses(args_.device, args_.loss, batch, args_.target.n_classes, tiles_.batch.targets,
                     tiles_.batch.weight_sum, sums_, tiles_.cuts.pieces.slots, args_.losses, args_.output, AnyVector{});
     if (grad_hidden_.data != args_.grad_hidden.data) convert_matrix(args_.device, grad_hidden_, args_.grad_hidden);
   }

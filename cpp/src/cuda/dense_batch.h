@@ -27,7 +27,7 @@ class Batch {
     if (!device_.refused)
       WIDEHEAD_CUDA_CHECK(cudaMemsetAsync(refused_, 0, sizeof *refused_, static_cast<cudaStream_t>(device_.stream)));
     prepare_targets(device_, target, loss_, report(), targets);
-    if (weight_sum) sum_class_weights(device_, loss_.class_weight, layer_.weight.rows, parts_, weight_sum);
+    if (weight_sum) sum_class_weights(device_, loss_.class_weight, target.n_classes, parts_, weight_sum);
     if (converted_) as_factor(device_, layer_.hidden, 0, layer_.hidden.rows, layer_.weight.dtype, converted_);
   }
 
