@@ -1,0 +1,217 @@
+"""widehead/order.py -- an order of the classes: the frequent ones first, then groups of classes that occur together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import scipy.sparse as sp
+from numpy.typing import ArrayLike, NDArray
+
+from ._core import DtypeError, LabelError, NonFiniteError, ShapeError
+from .labels import Labels
+from .options import check_dense_head, whole
+
+_STEPS = 30  # of the walk that begins a level
+_ROUNDS = 8  # of two-means after it, at most
+
+_TABLE = 1 << 22  # numbers of a dense table of centroids
+
+Int64 = NDArray[np.int64]
+
+
+def order_classes(
+    targets: ArrayLike | Labels | Any,
+    *,
+    features: Any | None = None,
+    n_classes: int | None = None,
+    group_size: int = 1,
+    dense_head: int = 0,
+    seed: int = 0,
+) -> Int64:
+    """An order for `SparseHead(class_order=...)`, from training data: the `dense_head` most frequent classes, then the
+    others so that like ones are neighbours, then those without an example.
+
+    Classes are alike when they stand in the same examples or, with `features`, when the mean features of their examples
+    are alike: that is for one class an example, where no two stand together. The others are halved again and again by
+    balanced spherical two-means on these vectors (as in Parabel, WWW 2018), begun by a random walk from class to like
+    class, until parts have at most `group_size` classes; parts begin where the head's groups do. Time and memory go
+    with the number of labels (with features, of the features of all classes). The same data, arguments and seed give
+    the same order.
+
+    Args:
+        targets: of the training examples: `Labels`, a `scipy.sparse` matrix `[n, n_classes]`, or classes `[n]`, where
+            numbers below 0 are none. The labels' weights do not count.
+        features: `[n, m]`, sparse or dense, of the same examples.
+        n_classes: of classes `[n]`; None: up to the largest.
+        group_size: of the head.
+        dense_head: of the head.
+        seed: decides between equals.
+
+    Returns:
+        int64 `[n_classes]`, a permutation: position i holds class order[i].
+
+    Raises:
+        ShapeError, DtypeError, LabelError, NonFiniteError: an argument that does not fit, by its name.
+    """
+    whole(group_size, 1, "group_size")
+    whole(dense_head, 0, "dense_head")
+    whole(seed, 0, "seed")
+    labels = _label_matrix(targets, n_classes)
+    classes = labels.shape[1]
+    check_dense_head(dense_head, classes)
+    counts = np.diff(labels.tocsc().indptr)
+    by_count = np.lexsort((np.arange(classes), -counts))
+    first, others = by_count[:dense_head], by_count[dense_head:]
+    seen, unseen = others[counts[others] > 0], np.sort(others[counts[others] == 0])
+    if len(seen) <= 1:
+        return np.concatenate([first, seen, unseen]).astype(np.int64)
+    vectors = _unit_rows(sp.csr_array(labels.T)[seen] if features is None else _centroids(labels, features, seen))
+    found = _halve(vectors, int(group_size), np.random.default_rng(seed).permutation(len(seen)))
+    return np.concatenate([first, seen[found], unseen]).astype(np.int64)
+
+
+def _label_matrix(targets: Any, n_classes: int | None) -> sp.csr_array:
+    """Ones where an example has a class, `[n, n_classes]`."""
+    if isinstance(targets, Labels):
+        labels = targets.check()
+        indptr, indices, width = labels.indptr, labels.indices, labels.n_classes
+    elif sp.issparse(targets):
+        matrix = sp.csr_array(targets)
+        indptr, indices, width = matrix.indptr, matrix.indices, matrix.shape[1]
+    else:
+        array = np.asarray(targets)
+        if array.ndim != 1 or (array.dtype.kind not in "iu" and array.size):
+            raise DtypeError(
+                f"targets: expected Labels, a scipy.sparse matrix or integer classes [n], got {array.dtype} "
+                f"{list(array.shape)}"
+            )
+        array = array.astype(np.int64)
+        width = int(array.max(initial=-1)) + 1 if n_classes is None else n_classes
+        if array.max(initial=-1) >= width:
+            raise LabelError(f"targets: expected classes below n_classes = {width}, got {array.max()}")
+        indptr, indices = np.concatenate([[0], np.cumsum(array >= 0)]), array[array >= 0]
+    if n_classes is not None and n_classes != width:
+        raise ShapeError(f"n_classes: expected {width} as in targets, or None, got {n_classes}")
+    whole(width, 1, "n_classes")
+    ones = np.ones(len(indices), np.float32)
+    matrix = sp.csr_array((ones, indices, indptr), shape=(len(indptr) - 1, width))
+    matrix.sum_duplicates()
+    matrix.data[:] = 1.0
+    return matrix
+
+
+def _centroids(labels: sp.csr_array, features: Any, classes: Int64) -> sp.csr_array:
+    """Sums of the unit-length features of each class's examples."""
+    X = sp.csr_array(features, dtype=np.float32)
+    if X.shape[0] != labels.shape[0]:
+        raise ShapeError(f"features: expected {labels.shape[0]} rows as targets, got {X.shape[0]}")
+    if not np.isfinite(X.data).all():
+        raise NonFiniteError("features: expected finite numbers")
+    return sp.csr_array(sp.csr_array(labels.T)[classes] @ _unit_rows(X))
+
+
+def _unit_rows(matrix: sp.csr_array) -> sp.csr_array:
+    matrix = sp.csr_array(matrix, dtype=np.float32, copy=True)
+    rows = np.repeat(np.arange(matrix.shape[0]), np.diff(matrix.indptr))
+    length = np.sqrt(np.bincount(rows, weights=np.square(matrix.data, dtype=np.float64), minlength=matrix.shape[0]))
+    matrix.data /= np.where(length > 0, length, 1.0)[rows].astype(np.float32)
+    return matrix
+
+
+def _halve(vectors: sp.csr_array, leaf: int, tie: Int64) -> Int64:
+    """The rows of the matrix, halved level by level down to parts of at most `leaf`; all parts of a level at once.
+
+    tie: a random permutation: where the walks begin, and what decides between equals.
+    """
+    n, width = vectors.shape
+    order, bounds = np.arange(n), np.array([0, n])
+    rows = np.repeat(np.arange(n), np.diff(vectors.indptr))
+    columns, values = vectors.indices.astype(np.int64), vectors.data.astype(np.float64)
+    while (sizes := np.diff(bounds)).max() > leaf:
+        part = np.empty(n, np.int64)
+        part[order] = np.repeat(np.arange(len(sizes)), sizes)
+        # Whole groups to the left, so that every part begins with one.
+        left = np.where(sizes > leaf, (sizes + 2 * leaf - 1) // (2 * leaf) * leaf, sizes)
+        live = (sizes > leaf)[part[rows]]
+        rows, columns, values = rows[live], columns[live], values[live]
+        level = _Level(part, bounds, left, rows, columns, values, width, tie)
+        order = level.split()
+        bounds = np.unique(np.concatenate([bounds, bounds[:-1] + left]))
+    # In a leaf the rows stay in the order in which they came.
+    part = np.empty(n, np.int64)
+    part[order] = np.repeat(np.arange(len(bounds) - 1), np.diff(bounds))
+    return np.lexsort((np.arange(n), part))
+
+
+class _Level:
+    """Parts of a level, each to be halved: the entries of the vectors of their rows, with `slots` that number the pairs
+    of a part and a column."""
+
+    def __init__(
+        self, part: Int64, bounds: Int64, left: Int64, rows: Int64, columns: Int64, values: NDArray[np.float64],
+        width: int, tie: Int64,
+    ) -> None:  # fmt: skip
+        self.part, self.bounds, self.left, self.tie = part, bounds, left, tie
+        self.rows, self.values = rows, values
+        parts, keys = len(left), part[rows] * width + columns
+        if parts * width <= _TABLE:
+            self.slots, self.slot_part = keys, np.repeat(np.arange(parts), width)
+        else:
+            kept, self.slots = np.unique(keys, return_inverse=True)
+            self.slot_part = kept // width
+
+    def split(self) -> Int64:
+        """The rows, part by part, in each those that go left first."""
+        scores, side = self._walk(), None
+        for _ in range(_ROUNDS):
+            order = np.lexsort((self.tie, -scores, self.part))
+            place = np.empty(len(order), np.int64)
+            place[order] = np.arange(len(order))
+            before, side = side, place - self.bounds[self.part] < self.left[self.part]
+            if before is not None and np.array_equal(before, side):
+                break
+            scores = self._scores(side)
+        return order
+
+    def _walk(self) -> NDArray[np.float64]:
+        """A number for each row: noise, smoothed over like rows of the part by power iteration.
+
+        Rows that are alike come to like numbers, so that a cut keeps them together; two-means from any two rows would
+        part them.
+        """
+        parts = len(self.left)
+        reach = self._smooth(np.ones(len(self.part)))
+        reach = np.where(reach > 0, reach, 1.0)
+        mass = np.bincount(self.part, weights=reach, minlength=parts)
+        place = np.asarray(self.tie / len(self.tie) - 0.5, np.float64)
+        for _ in range(_STEPS):
+            place = self._smooth(place) / reach
+            place -= (np.bincount(self.part, weights=reach * place, minlength=parts) / mass)[self.part]
+            top = np.zeros(parts)
+            np.maximum.at(top, self.part, np.abs(place))
+            place /= np.where(top > 0, top, 1.0)[self.part]
+        return np.round(place, 9)
+
+    def _smooth(self, x: NDArray[np.float64]) -> NDArray[np.float64]:
+        """V V' x, part by part."""
+        sums = np.bincount(self.slots, weights=self.values * x[self.rows], minlength=len(self.slot_part))
+        return np.asarray(
+            np.bincount(self.rows, weights=self.values * sums[self.slots], minlength=len(self.part)), np.float64
+        )
+
+    def _scores(self, side: NDArray[np.bool_]) -> NDArray[np.float64]:
+        """How much more each row is like the others on one side of its part than like those on the other.
+
+        Itself left out: very sparse vectors would all stay where they are. Rounded, so that the order of a sum does not
+        decide.
+        """
+        difference, itself = np.zeros(len(self.slot_part)), np.zeros(len(self.part))
+        for chosen, sign in ((side, 1.0), (~side, -1.0)):
+            sums = np.bincount(self.slots, weights=self.values * chosen[self.rows], minlength=len(self.slot_part))
+            squares = np.bincount(self.slot_part, weights=sums * sums, minlength=len(self.left))
+            length = np.sqrt(np.where(squares > 0, squares, 1.0))
+            difference += sign * sums / length[self.slot_part]
+            itself += sign * chosen / length[self.part]
+        near = np.bincount(self.rows, weights=self.values * difference[self.slots], minlength=len(self.part))
+        return np.round(near - itself, 9)
