@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import scipy.sparse as sp
@@ -10,7 +10,10 @@ from numpy.typing import ArrayLike, NDArray
 
 from ._core import DtypeError, LabelError, NonFiniteError, ShapeError
 from .labels import Labels
-from .options import check_dense_head, whole
+from .options import check_dense_head, choose, whole
+
+if TYPE_CHECKING:
+    from ._training import Examples, Targets
 
 _STEPS = 30  # of the walk that begins a level
 _ROUNDS = 8  # of two-means after it, at most
@@ -60,15 +63,40 @@ def order_classes(
     labels = _label_matrix(targets, n_classes)
     classes = labels.shape[1]
     check_dense_head(dense_head, classes)
+    X = None if features is None else _feature_matrix(features, labels.shape[0])
     counts = np.diff(labels.tocsc().indptr)
     by_count = np.lexsort((np.arange(classes), -counts))
     first, others = by_count[:dense_head], by_count[dense_head:]
     seen, unseen = others[counts[others] > 0], np.sort(others[counts[others] == 0])
     if len(seen) <= 1:
         return np.concatenate([first, seen, unseen]).astype(np.int64)
-    vectors = _unit_rows(sp.csr_array(labels.T)[seen] if features is None else _centroids(labels, features, seen))
+    by_class = sp.csr_array(labels.T)[seen]
+    vectors = _unit_rows(by_class if X is None else by_class @ _unit_rows(X))
     found = _halve(vectors, int(group_size), np.random.default_rng(seed).permutation(len(seen)))
     return np.concatenate([first, seen[found], unseen]).astype(np.int64)
+
+
+def named_order(options: dict[str, Any], examples: Examples, targets: Targets, seed: int) -> dict[str, Any]:
+    """Options of a head as `Classifier` takes them, with the array of a class order that is given by its name."""
+    order = options.get("class_order")
+    if not isinstance(order, str):
+        return dict(options)
+    choose(order, ("cooccurrence", "frequency"), "class_order")
+    dense_head, group_size = options.get("dense_head", 0), options.get("group_size", 1)
+    features = None
+    if order == "frequency":
+        group_size = targets.n_classes
+    elif not isinstance(targets.rows, Labels) or np.diff(targets.rows.indptr).max(initial=0) < 2:
+        features = examples.epoch(0, None).rows(slice(0, len(examples)))
+    found = order_classes(
+        targets.rows,
+        features=features,
+        n_classes=targets.n_classes,
+        group_size=group_size,
+        dense_head=dense_head,
+        seed=seed % 2**32,
+    )
+    return {**options, "class_order": found}
 
 
 def _label_matrix(targets: Any, n_classes: int | None) -> sp.csr_array:
@@ -101,14 +129,13 @@ def _label_matrix(targets: Any, n_classes: int | None) -> sp.csr_array:
     return matrix
 
 
-def _centroids(labels: sp.csr_array, features: Any, classes: Int64) -> sp.csr_array:
-    """Sums of the unit-length features of each class's examples."""
+def _feature_matrix(features: Any, examples: int) -> sp.csr_array:
     X = sp.csr_array(features, dtype=np.float32)
-    if X.shape[0] != labels.shape[0]:
-        raise ShapeError(f"features: expected {labels.shape[0]} rows as targets, got {X.shape[0]}")
+    if X.shape[0] != examples:
+        raise ShapeError(f"features: expected {examples} rows as targets, got {X.shape[0]}")
     if not np.isfinite(X.data).all():
         raise NonFiniteError("features: expected finite numbers")
-    return sp.csr_array(sp.csr_array(labels.T)[classes] @ _unit_rows(X))
+    return X
 
 
 def _unit_rows(matrix: sp.csr_array) -> sp.csr_array:

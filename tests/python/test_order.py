@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,8 @@ import pytest
 import scipy.sparse as sp
 
 import widehead
-from widehead import DtypeError, LabelError, Labels, NonFiniteError, ShapeError, order_classes
+from test_estimator import toy
+from widehead import Classifier, DtypeError, LabelError, Labels, NonFiniteError, ShapeError, cli, order_classes
 
 hypothesis = pytest.importorskip("hypothesis")
 from hypothesis import given, settings  # noqa: E402
@@ -142,3 +144,74 @@ def test_always_a_permutation(rows: list[list[int]], group_size: int, dense_head
 def test_bad_arguments_are_named(targets: Any, options: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         order_classes(targets, **{"group_size": 1, **options})
+
+
+def model(**options: Any) -> Classifier:
+    head = {"fan_in": 16, "rewire_every": 20, **options.pop("head_options", {})}
+    defaults = {"intermediate": 64, "epochs": 8, "batch_size": 32, "lr": 0.02, "optimizer": "adam"}
+    return Classifier("sparse", **{**defaults, "head_options": head, **options})
+
+
+@pytest.mark.parametrize("loss", [None, "bce", "softmax"])
+@pytest.mark.parametrize("order", ["cooccurrence", "frequency"])
+def test_the_classifier_orders_by_its_training_data(tmp_path: Path, order: str, loss: str | None) -> None:
+    X, y = toy()
+    options = {"dense_head": 3, "class_order": order, "group_size": 2}
+    fitted = model(loss=loss, head_options=options).fit(X[:500], y[:500])
+    assert fitted.score(X[500:], y[500:]) > 0.9
+    counts = np.bincount(y[:500], minlength=12)
+    assert np.array_equal(fitted.head_.order[:3], np.lexsort((np.arange(12), -counts))[:3])
+    want = order_classes(y[:500], features=X[:500], n_classes=12, group_size=2, dense_head=3)
+    if order == "frequency":
+        want = np.lexsort((np.arange(12), -counts))
+    assert np.array_equal(fitted.head_.order, want)
+    assert fitted.head_.frequent.weight.shape == (3, 64) and fitted.head_.weight.shape == (9, 16)
+    fitted.save(tmp_path / "model")
+    again = Classifier.load(tmp_path / "model")
+    for got, kept in zip(again.predict_topk(X, 3), fitted.predict_topk(X, 3), strict=True):
+        assert np.array_equal(got, kept)
+    given = model(loss=loss, head_options={**options, "class_order": want}).fit(X[:500], y[:500])
+    assert np.array_equal(given.head_.weight, fitted.head_.weight)
+    given.save(tmp_path / "model")
+    assert np.array_equal(Classifier.load(tmp_path / "model").head_options["class_order"], want)
+
+
+def test_the_classifier_resumes_with_its_order(tmp_path: Path) -> None:
+    X, y = toy(n=200)
+    Y = csr([[int(c), (int(c) + 1) % 12] for c in y], 12)
+    options = {"epochs": 3, "head_options": {"dense_head": 4, "class_order": "cooccurrence", "group_size": 2}}
+
+    def stop(model: Classifier, epoch: int, loss: float) -> None:
+        if epoch == 1:
+            raise KeyboardInterrupt
+
+    straight = model(**options).fit(X, Y)
+    kept = {"checkpoint": tmp_path / "fit", "checkpoint_every": 0.0}
+    with pytest.raises(KeyboardInterrupt):
+        model(**options, **kept, callback=stop).fit(X, Y)
+    resumed = model(**options, **kept, resume=True).fit(X, Y)
+    for name, array in straight.head_.state_dict().items():
+        assert np.array_equal(array, resumed.head_.state_dict()[name]), name
+    with pytest.raises(ShapeError, match="class_order: expected one of 'cooccurrence', 'frequency', got 'size'"):
+        model(head_options={"class_order": "size"}).fit(X, Y)
+
+
+def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    X, y = toy()
+    Y = sp.csr_array((np.ones(len(y)), (np.arange(len(y)), y)), shape=(len(y), 12))
+    for name, matrix in (("X", X), ("Y", Y)):
+        sp.save_npz(tmp_path / f"{name}.npz", matrix)
+    data, out = [str(tmp_path / "X.npz"), str(tmp_path / "Y.npz")], str(tmp_path / "model")
+    common = ["--intermediate", "64", "--fan-in", "16", "--lr", "0.02", "--epochs", "8", "--quiet"]
+    for asked, order in (
+        (["--dense-head", "3", "--group-labels"], "cooccurrence"),
+        (["--dense-head", "3"], "frequency"),
+    ):
+        assert cli.main(["train", *data, "-o", out, "--head", "sparse", *common, *asked, "--group-size", "2"]) == 0
+        fitted = Classifier.load(out)
+        assert fitted.score(X, y) > 0.9 and fitted.head_options["class_order"] == order
+        assert fitted.head_.options.dense_head == 3 and sorted(fitted.head_.order) == list(range(12))
+    assert cli.main(["train", *data, "-o", out, "--group-labels", "--quiet"]) != 0
+    assert "--group-labels: belongs to --head sparse" in capsys.readouterr().err
+    assert cli.main(["train", *data, "-o", out, "--head", "sparse", *common, "--dense-head", "12"]) != 0
+    assert "dense_head: expected 0 to n_classes - 1 = 11, got 12" in capsys.readouterr().err
