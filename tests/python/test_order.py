@@ -172,6 +172,8 @@ def test_the_classifier_orders_by_its_training_data(tmp_path: Path, order: str, 
         assert np.array_equal(got, kept)
     given = model(loss=loss, head_options={**options, "class_order": want}).fit(X[:500], y[:500])
     assert np.array_equal(given.head_.weight, fitted.head_.weight)
+    rows = model(loss=loss, head_options=options).fit(X[:500], csr([[int(c)] for c in y[:500]], 12))
+    assert np.array_equal(rows.head_.order, want)
     given.save(tmp_path / "model")
     assert np.array_equal(Classifier.load(tmp_path / "model").head_options["class_order"], want)
 
@@ -203,10 +205,8 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         sp.save_npz(tmp_path / f"{name}.npz", matrix)
     data, out = [str(tmp_path / "X.npz"), str(tmp_path / "Y.npz")], str(tmp_path / "model")
     common = ["--intermediate", "64", "--fan-in", "16", "--lr", "0.02", "--epochs", "8", "--quiet"]
-    for asked, order in (
-        (["--dense-head", "3", "--group-labels"], "cooccurrence"),
-        (["--dense-head", "3"], "frequency"),
-    ):
+    for more, order in ((["--group-labels"], "cooccurrence"), ([], "frequency")):
+        asked = ["--dense-head", "3", *more]
         assert cli.main(["train", *data, "-o", out, "--head", "sparse", *common, *asked, "--group-size", "2"]) == 0
         fitted = Classifier.load(out)
         assert fitted.score(X, y) > 0.9 and fitted.head_options["class_order"] == order
