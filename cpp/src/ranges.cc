@@ -1,6 +1,9 @@
 // ranges.cc -- softmax over several ranges of classes: the terms of the joint normaliser
 #include "widehead/ranges.h"
 
+#include <string>
+#include <utility>
+
 #include "cpu/dense_prepare.h"
 #include "cuda/backend.h"
 #include "head_check.h"
