@@ -50,6 +50,7 @@ void forward(nb::handle hidden, nb::handle weight, nb::handle index, nb::handle 
   args.output = arrays.out_vector(output, {"output", "[batch]", kResult, true});
   args.lse = arrays.out_vector(lse, {"lse", "[batch]", kResult, true});
   args.device = arrays.device(gpu);
+  arrays.get_scratch(gpu, args.device, scratch_bytes(args));
   nb::gil_scoped_release no_gil;
   sparse_forward(args);
 }
@@ -84,6 +85,7 @@ void backward(nb::handle hidden, nb::handle weight, nb::handle index, nb::handle
   args.losses = arrays.out_vector(losses, {"losses", "[batch]", kResult, true});
   args.output = arrays.out_vector(output, {"output", "[batch]", kResult, true});
   args.device = arrays.device(gpu);
+  arrays.get_scratch(gpu, args.device, scratch_bytes(args));
   nb::gil_scoped_release no_gil;
   sparse_backward(args);
 }
@@ -95,6 +97,7 @@ void logits(nb::handle hidden, nb::handle weight, nb::handle index, nb::handle b
   args.layer = layer_of(arrays, hidden, weight, index, bias, group_size);
   args.logits = arrays.out_matrix(out, {"logits", "[batch, n_classes]", kResult});
   args.device = arrays.device(gpu);
+  arrays.get_scratch(gpu, args.device, scratch_bytes(args));
   nb::gil_scoped_release no_gil;
   sparse_logits(args);
 }
@@ -112,6 +115,7 @@ void scores(nb::handle hidden, nb::handle weight, nb::handle index, nb::handle b
   args.n = c.cols;
   args.scores = arrays.out_matrix(out, {"scores", "[batch, n]", kResult});
   args.device = arrays.device(gpu);
+  arrays.get_scratch(gpu, args.device, scratch_bytes(args));
   nb::gil_scoped_release no_gil;
   sparse_scores(args);
 }
@@ -129,6 +133,7 @@ void topk(nb::handle hidden, nb::handle weight, nb::handle index, nb::handle bia
     throw ShapeError("exclude_indptr and exclude_indices: expected both or neither");
   args.exclude_indptr = sized<std::int64_t>(p, args.layer.hidden.rows + 1, "exclude_indptr", "[batch + 1]");
   args.exclude_indices = static_cast<const std::int64_t*>(i.data);
+  args.exclude_size = i.size;
   if (p && !arrays.on_gpu() && args.exclude_indptr[args.layer.hidden.rows] != i.size)
     throw LabelError("exclude_indptr: expected its last entry to be the number of exclude_indices " +
                      std::to_string(i.size) + ", got " + std::to_string(args.exclude_indptr[args.layer.hidden.rows]));
@@ -137,6 +142,7 @@ void topk(nb::handle hidden, nb::handle weight, nb::handle index, nb::handle bia
   args.classes = {static_cast<std::int64_t*>(c.data), c.rows, c.cols, c.stride};
   args.lse = arrays.out_vector(lse, {"lse", "[batch]", kResult, true});
   args.device = arrays.device(gpu);
+  arrays.get_scratch(gpu, args.device, scratch_bytes(args));
   nb::gil_scoped_release no_gil;
   sparse_topk(args);
 }

@@ -65,7 +65,7 @@ class _Host:
 
     stream = 0
 
-    def give(self, array: np.ndarray) -> Any:
+    def give(self, array: np.ndarray, name: str = "") -> Any:
         return claim_cuda(array.__dlpack__())
 
     def scratch(self, n: int) -> Any:
@@ -85,12 +85,13 @@ class _Gpu:
         self.torch, self.pairs = torch, []
         self.stream = torch.cuda.current_stream().cuda_stream
 
-    def give(self, array: np.ndarray) -> Any:
+    def give(self, array: np.ndarray, name: str = "") -> Any:
         host = self.torch.from_numpy(array.view(np.int16) if array.dtype == np.uint16 else array)
         there = self.torch.empty_strided(host.shape, host.stride(), dtype=host.dtype, device="cuda")
         there.copy_(host)
         self.pairs.append((host, there))
-        typed = there.view(self.torch.bfloat16) if array.dtype == np.uint16 else there
+        halves = self.torch.uint16 if name == "index" else self.torch.bfloat16
+        typed = there.view(halves) if array.dtype == np.uint16 else there
         return self.torch.utils.dlpack.to_dlpack(typed)
 
     def scratch(self, n: int) -> Any:
@@ -118,9 +119,9 @@ def call(
         return function(**arguments)
     place = _Host() if _core.cuda_emulated else _Gpu()
 
-    def give(value: Any) -> Any:
+    def give(value: Any, name: str = "") -> Any:
         if isinstance(value, np.ndarray):
-            return place.give(value)
+            return place.give(value, name)
         return {name: give(v) for name, v in value.items()} if isinstance(value, dict) else value
 
     faults = np.zeros(FAULT_NUMBERS, np.int64)
@@ -131,7 +132,7 @@ def call(
     counts = "filter_eps" in arguments
     if counts:
         arguments["filtered"] = counted
-    result = function(**{name: give(value) for name, value in arguments.items()}, gpu=gpu)
+    result = function(**{name: give(value, name) for name, value in arguments.items()}, gpu=gpu)
     place.take_back()
     if check:
         _core.raise_fault(faults.tolist())

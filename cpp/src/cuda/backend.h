@@ -6,6 +6,7 @@
 #include "widehead/ranges.h"
 #include "widehead/rows.h"
 #include "widehead/sampling.h"
+#include "widehead/sparse.h"
 
 namespace widehead::cuda {
 
@@ -22,6 +23,17 @@ std::int64_t scratch_bytes(const DenseScores& args);
 std::int64_t scratch_bytes(const DenseTopK& args);
 void join_softmax(const JoinSoftmax& args);
 std::int64_t scratch_bytes(const JoinSoftmax& args);
+
+void sparse_forward(const SparseForward& args);
+void sparse_backward(const SparseBackward& args);
+void sparse_logits(const SparseLogits& args);
+void sparse_scores(const SparseScores& args);
+void sparse_topk(const SparseTopK& args);
+std::int64_t scratch_bytes(const SparseForward& args);
+std::int64_t scratch_bytes(const SparseBackward& args);
+std::int64_t scratch_bytes(const SparseLogits& args);
+std::int64_t scratch_bytes(const SparseScores& args);
+std::int64_t scratch_bytes(const SparseTopK& args);
 
 void gather_rows(const GatherRows& args);
 void update_rows(const UpdateRows& args);

@@ -23,6 +23,16 @@ std::int64_t scratch_bytes(const DenseScores&) { refuse(); }
 std::int64_t scratch_bytes(const DenseTopK&) { refuse(); }
 void join_softmax(const JoinSoftmax&) { refuse(); }
 std::int64_t scratch_bytes(const JoinSoftmax&) { refuse(); }
+void sparse_forward(const SparseForward&) { refuse(); }
+void sparse_backward(const SparseBackward&) { refuse(); }
+void sparse_logits(const SparseLogits&) { refuse(); }
+void sparse_scores(const SparseScores&) { refuse(); }
+void sparse_topk(const SparseTopK&) { refuse(); }
+std::int64_t scratch_bytes(const SparseForward&) { refuse(); }
+std::int64_t scratch_bytes(const SparseBackward&) { refuse(); }
+std::int64_t scratch_bytes(const SparseLogits&) { refuse(); }
+std::int64_t scratch_bytes(const SparseScores&) { refuse(); }
+std::int64_t scratch_bytes(const SparseTopK&) { refuse(); }
 std::int64_t scratch_bytes(const UpdateRows&) { refuse(); }
 void gather_rows(const GatherRows&) { refuse(); }
 void update_rows(const UpdateRows&) { refuse(); }
