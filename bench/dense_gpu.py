@@ -30,7 +30,7 @@ import gpu_headline
 import gpu_methods
 from gpu_cells import Budget, Cell
 from gpu_device import Device
-from gpu_methods import Case, Result
+from gpu_methods import Result
 
 LOST = 77  # a worker's exit code: the device is gone, another process may go on
 RESTARTS = 6
@@ -69,12 +69,14 @@ def measure_cell(
     interleave(device, fast, budget, record, save)
 
 
-def start(device: Device, name: str, case: Case, expected: Result) -> tuple[Any, dict[str, Any]]:
+def start(
+    device: Device, name: str, case: Any, expected: Result, build: Callable[..., Any] = gpu_methods.build
+) -> tuple[Any, dict[str, Any]]:
     """The method's first runs, which compile and check it: (None, why) or (a step, its memory, errors and times)."""
     try:
         device.release()
         outside = device.outside()
-        run = gpu_methods.build(name, case)
+        run = build(name, case)
         begin = time.perf_counter()
         result = run(gpu_device.ignore)
         errors = gpu_methods.errors(result, expected)

@@ -235,7 +235,7 @@ class CudaDevice:
 def need_gpu() -> None:
     """Ends the program with one line where there is no GPU."""
     if not torch.cuda.is_available():
-        raise SystemExit(f"dense.py --device cuda: no NVIDIA GPU that PyTorch {torch.__version__} can use")
+        raise SystemExit(f"--device cuda: no NVIDIA GPU that PyTorch {torch.__version__} can use")
 
 
 def make_device(rehearse: bool) -> Device:

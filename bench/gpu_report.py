@@ -6,6 +6,8 @@ from typing import Any
 
 from common import table
 from gpu_cells import FUSED, METHODS, PLAIN, Cell
+from sparse_cells import METHODS as SPARSE_METHODS
+from sparse_cells import SparseCell
 
 
 def gpu_tables(result: dict[str, Any], headline: dict[str, Any] | None = None) -> str:
@@ -35,6 +37,36 @@ def gpu_tables(result: dict[str, Any], headline: dict[str, Any] | None = None) -
         table(["ms", *names, "over best peer", "useful TFLOP/s, of GEMM", "floor"], times),
         table(["MiB at the peak beyond weights and inputs", "weights", *names], memory),
         *([headline_line(headline)] if headline else []),
+        f"Measured on {conditions(result)}.{left}" + (f" Not measured: {missing}." if missing else ""),
+    ]
+    return "\n\n".join(parts)
+
+
+def sparse_gpu_tables(result: dict[str, Any]) -> str:
+    """Times and memory of the sparse head's cells."""
+    names = [name for name in SPARSE_METHODS if any("step_ms" in c["methods"].get(name, {}) for c in result["cells"])]
+    if not names:
+        return "No cell of the sparse head's GPU benchmark was measured."
+    times, memory = [], []
+    for record in result["cells"]:
+        cell = SparseCell(**{key: record[key] for key in SparseCell.__dataclass_fields__})
+        found, floors = record["methods"], record["floors"]
+        rewiring = [f"{record[key]:.2f}" if key in record else "" for key in ("rewire_ms", "draw_ms")]
+        gathered = f"{floors['gathered_bytes'] / 1e9:.1f}" if floors["gathered_bytes"] else ""
+        shown = [shown_time(found.get(n, {})) for n in names]
+        times.append([cell.label, *shown, f"{floors['floor_s'] * 1e3:.2f}", gathered, *rewiring])
+        weights = f"{(cell.weight_bytes + cell.index_bytes) / 2**20:,.0f}"
+        memory.append([cell.label, weights, *(shown_memory(found.get(n, {})) for n in names)])
+    reasons = {name: first_failure(name, result["cells"]) for name in SPARSE_METHODS if name not in names}
+    missing = "; ".join(f"{name}: {why}" for name, why in reasons.items() if why)
+    left = f" Left out for time: {', '.join(result['left_out'])}." if result.get("left_out") else ""
+    columns = ["floor", "gathered GB", "rewiring", "drawing"]
+    parts = [
+        "Squared hinge, ms of loss and gradients, then with the SGD step; widehead fused takes it inside backward.\n"
+        "`~`: the gradient is off by more than 5 %. Floor: the larger of bytes (weights read and written, index\n"
+        "read) and flops. Gathered: rows of the batch that pass through the caches if each connection fetches its own.",
+        table(["ms", *names, *columns], times),
+        table(["MiB at the peak beyond weights and inputs", "weights and index", *names], memory),
         f"Measured on {conditions(result)}.{left}" + (f" Not measured: {missing}." if missing else ""),
     ]
     return "\n\n".join(parts)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from common import read, table
-from gpu_report import gpu_tables
+from gpu_report import gpu_tables, sparse_gpu_tables
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -130,10 +130,12 @@ def main() -> None:
         places_figure(places, ROOT / "docs" / "places.svg")
     if (gpu := read("dense_gpu")) and gpu["cells"]:
         texts["gpu-table"] = gpu_tables(gpu, read("dense_gpu_headline"))
+    if (gpu := read("sparse_gpu")) and gpu["cells"]:
+        texts["gpu-sparse-table"] = sparse_gpu_tables(gpu)
     for mark, text in texts.items():
         print(text, end="\n\n")
         if args.readme:
-            put(mark, text, "GPU.md" if mark == "gpu-table" else "README.md")
+            put(mark, text, "GPU.md" if mark.startswith("gpu-") else "README.md")
 
 
 if __name__ == "__main__":

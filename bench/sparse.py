@@ -7,6 +7,7 @@ shared pattern (G = 16) reads them once a group.
 
     python bench/sparse.py                all, some minutes; one thread and two
     python bench/sparse.py --quick        H = 16384 on one thread
+    python bench/sparse.py --device cuda  on a GPU: sparse_gpu.py, which has options of its own
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 
 import common
 import numpy as np
+import sparse_gpu
 import torch
 import torch.nn.functional as F
 
@@ -109,7 +111,13 @@ def extra_memory(features: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    where = argparse.ArgumentParser(add_help=False)
+    where.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    device, rest = where.parse_known_args()
+    if device.device == "cuda":
+        sparse_gpu.main(rest)
+        return
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], parents=[where])
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--memory", type=int, help=argparse.SUPPRESS)

@@ -37,8 +37,11 @@ WANTED = (
     "cut_cross_entropy", "liger_kernel",
 )  # fmt: skip
 HEADLINE_BYTES = 120e9
-SANITIZE = "cuda and (test_each_output or test_equals_cross_entropy or test_bce_equals_torch or test_bfloat16_rounding)"
-SANITIZED = ("dense", "update", "torch_dense", "torch_optim")  # the files that it is looked for in
+SANITIZE = (
+    "cuda and (test_each_output or test_equals_cross_entropy or test_bce_equals_torch or test_bfloat16_rounding"
+    " or test_all_and_none_move)"
+)
+SANITIZED = ("dense", "update", "rewire", "torch_dense", "torch_optim")  # the files that it is looked for in
 
 TOTALS = re.compile(r"^=+ (.*\d+ \w+.*) in [\d.]+s.*=+$", re.M)  # pytest's last line
 UNSUPPORTED = r".*(?:Device not supported|is not supported|[Ii]nsufficient permission).*"  # of compute-sanitizer
@@ -297,7 +300,7 @@ def sanitizer_lines(text: str) -> str:
 
 
 def bench_scripts() -> list[str]:
-    """Those of bench/ that can be told a device, the dense head first."""
+    """Those of bench/ that can be told a device, and then a budget, the dense head first."""
     option = re.compile(r'add_argument\(\s*"--device"')
     known = [path.name for path in (ROOT / "bench").glob("*.py") if option.search(path.read_text("utf-8"))]
     return sorted(known, key=lambda name: (name != "dense.py", name))
@@ -314,8 +317,7 @@ def bench(machine: Machine, runner: Runner, limit: float) -> Outcome:
             parts.append(f"{name}: no time left")
             continue
         words = [machine.python, f"bench/{name}", "--device", "cuda"]
-        if name == "dense.py":
-            words += ["--budget", f"{max(5.0, left - 30.0):.0f}"]  # beside it: starting, and a cell that takes longer
+        words += ["--budget", f"{max(5.0, left - 30.0):.0f}"]  # beside it: starting, and a cell that takes longer
         done = runner.command(words, left, machine.env())
         parts.append(f"{name}: {last_line(done.text)}" if not done.ok else f"{name}: done in {done.seconds:.0f} s")
         result = done.result if not done.ok else result

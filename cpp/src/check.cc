@@ -61,6 +61,14 @@ void expect_shape(const char* name, const ConstAnyMatrix& m, int64_t rows, int64
                      " columns");
 }
 
+void check_index_type(Dtype dtype, int64_t in_features) {
+  expect_dtype("index", dtype, dtype == Dtype::u16 || dtype == Dtype::i32, "uint16 or int32");
+  const int64_t most = dtype == Dtype::u16 ? int64_t{1} << 16 : int64_t{1} << 31;
+  if (in_features > most)
+    throw DtypeError(string("index: ") + name_of(dtype) + " reaches " + to_string(most) + " inputs, there are " +
+                     to_string(in_features));
+}
+
 void check_option(const char* name, double x, bool ok, const char* expected) {
   if (!ok || !std::isfinite(x)) throw ShapeError(string(name) + ": expected " + expected + ", got " + to_string(x));
 }

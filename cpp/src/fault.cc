@@ -19,6 +19,7 @@ const char* name_of(Argument argument) {
     case Argument::grad: return "grad";
     case Argument::grad_bias: return "grad_bias";
     case Argument::exclude: return "exclude";
+    case Argument::index: return "index";
     default: return "target";
   }
 }
@@ -45,6 +46,12 @@ void raise_fault(const FaultRecord& r) {
     case Fault::row_order:
       throw LabelError(name + "expected ascending rows, padding last, got " + to_string(r.value) + " after " +
                        to_string(r.limit) + at);
+    case Fault::index_range:
+      throw ShapeError(name + "expected inputs in [0, " + to_string(r.limit) + "), got " + to_string(r.value) +
+                       " at row " + to_string(r.position));
+    case Fault::index_order:
+      throw ShapeError(name + "expected distinct inputs in ascending order, got " + to_string(r.limit) + " before " +
+                       to_string(r.value) + " in row " + to_string(r.position));
     default:
       throw NonFiniteError(name + "expected finite numbers, got NaN or infinity in row " + to_string(r.position));
   }

@@ -11,6 +11,8 @@
 #include <vector>
 
 #include "check.h"
+#include "cuda/backend.h"
+#include "rewire_math.h"
 #include "widehead/error.h"
 #include "widehead/parallel.h"
 #include "widehead/random.h"
@@ -58,12 +60,10 @@ class Row {
     }
   }
 
-  // Bits of the strength as float32, which are ordered as the numbers are; NaN comes last and so stays.
   uint32_t strength(int64_t k) const {
     double sum = 0;
     for (int64_t c = first_; c < end_; ++c) sum += std::abs(element(args_.weight, c, k));
-    const auto mean = static_cast<float>(sum / static_cast<double>(end_ - first_));
-    return std::isnan(mean) ? 0x7FC00000u : float_bits(mean);
+    return strength_bits(sum, end_ - first_);
   }
 
   // Column k of every row becomes column order[k] of before; moved ones lose weight and state.
@@ -183,30 +183,17 @@ Cut row_cut(const Row& row, int64_t fan_in, int64_t wanted, std::vector<uint32_t
   return {bits, wanted - std::count_if(strengths.begin(), strengths.end(), [&](uint32_t s) { return s < bits; })};
 }
 
-// n distinct inputs out of those that are not in the ascending list `taken`, uniform: Floyd's algorithm on their ranks.
+// n distinct inputs out of those that are not in the ascending list `taken`, uniform: ranks are drawn.
 void draw_free(const RandomStream& random, std::uint64_t row, int64_t n, int64_t in_features,
                const std::vector<int64_t>& taken, std::vector<int64_t>& out) {
-  const int64_t free = in_features - static_cast<int64_t>(taken.size());
+  const auto count = static_cast<int64_t>(taken.size());
+  const Floyd floyd{random, row, n, in_features - count};
   std::unordered_set<int64_t> ranks;
   for (int64_t j = 0; j < n; ++j) {
-    const int64_t top = free - n + j;
-    const auto draw =
-        static_cast<int64_t>(random.below(static_cast<std::uint64_t>(top) + 1, row, static_cast<uint32_t>(j)));
-    ranks.insert(ranks.insert(draw).second ? draw : top);
+    const int64_t draw = floyd.draw(j);
+    ranks.insert(ranks.insert(draw).second ? draw : floyd.top(j));
   }
-  for (int64_t rank : ranks) {
-    // The input with so many free ones below it: taken[i] - i free inputs lie below taken[i].
-    int64_t lo = 0, hi = static_cast<int64_t>(taken.size());
-    while (lo < hi) {
-      const int64_t mid = (lo + hi) / 2;
-      if (taken[static_cast<size_t>(mid)] - mid <= rank) {
-        lo = mid + 1;
-      } else {
-        hi = mid;
-      }
-    }
-    out.push_back(rank + lo);
-  }
+  for (int64_t rank : ranks) out.push_back(free_number(taken.data(), count, rank));
 }
 
 // Moves the marked connections of one row; false where there is nowhere to move to.
@@ -246,8 +233,7 @@ void check_args(const Rewire& args) {
   const Dtype w = args.weight.dtype;
   expect_dtype("weight", w, w == Dtype::f32 || w == Dtype::bf16 || w == Dtype::f64, "float32, bfloat16 or float64");
   expect_shape("weight", args.weight, args.weight.rows, args.weight.cols);
-  expect_dtype("index", args.index_dtype, args.index_dtype == Dtype::u16 || args.index_dtype == Dtype::i32,
-               "uint16 or int32");
+  check_index_type(args.index_dtype, args.in_features);
   if (args.group_size < 1) throw ShapeError("group_size: expected at least 1, got " + to_string(args.group_size));
   if (args.index_stride < args.weight.cols) throw ShapeError("index: rows overlap");
   if (args.in_features < args.weight.cols)
@@ -261,18 +247,7 @@ void check_args(const Rewire& args) {
   check_state("compensation", args.compensation, args, true);
 }
 
-}  // namespace
-
-const char* name_of(RewireMode mode) {
-  switch (mode) {
-    case RewireMode::magnitude_global: return "magnitude_global";
-    case RewireMode::magnitude_row: return "magnitude_row";
-    default: return "threshold";
-  }
-}
-
-int64_t rewire(const Rewire& args) {
-  check_args(args);
+int64_t rewire_on_cpu(const Rewire& args) {
   const Layout l = layout_of(args);
   if (l.rows == 0 || args.in_features == l.fan_in) return 0;
   const bool by_row = args.mode == RewireMode::magnitude_row;
@@ -281,12 +256,12 @@ int64_t rewire(const Rewire& args) {
   if (args.mode == RewireMode::threshold) {
     cut.bits = float_bits(static_cast<float>(args.threshold));
   } else if (!by_row) {
-    const auto wanted = static_cast<int64_t>(std::llround(args.fraction * static_cast<double>(l.rows * l.fan_in)));
+    const int64_t wanted = fraction_of(args.fraction, l.rows * l.fan_in);
     if (wanted == 0) return 0;
     cut = global_cut(args, l, wanted);
     before = ties_before(args, l, cut);
   }
-  const auto per_row = static_cast<int64_t>(std::llround(args.fraction * static_cast<double>(l.fan_in)));
+  const int64_t per_row = fraction_of(args.fraction, l.fan_in);
   std::vector<int64_t> moved_by(static_cast<size_t>(l.tasks), 0);
   parallel_for(l.tasks, [&](int64_t task) {
     int64_t ties = cut.ties - before[static_cast<size_t>(task)];
@@ -310,6 +285,30 @@ int64_t rewire(const Rewire& args) {
     });
   });
   return std::accumulate(moved_by.begin(), moved_by.end(), int64_t{0});
+}
+
+}  // namespace
+
+const char* name_of(RewireMode mode) {
+  switch (mode) {
+    case RewireMode::magnitude_global: return "magnitude_global";
+    case RewireMode::magnitude_row: return "magnitude_row";
+    default: return "threshold";
+  }
+}
+
+int64_t rewire(const Rewire& args) {
+  check_args(args);
+  if (args.device.kind == Device::Kind::cuda) return cuda::rewire(args), -1;
+  const int64_t moved = rewire_on_cpu(args);
+  if (args.moved) *args.moved = moved;
+  return moved;
+}
+
+std::int64_t scratch_bytes(const Rewire& args) {
+  if (args.device.kind != Device::Kind::cuda) return 0;
+  check_args(args);
+  return cuda::scratch_bytes(args);
 }
 
 }  // namespace widehead

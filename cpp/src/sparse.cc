@@ -8,6 +8,7 @@
 #include "cpu/backend.h"
 #include "cuda/backend.h"
 #include "head_check.h"
+#include "rewire_math.h"
 #include "widehead/error.h"
 #include "widehead/parallel.h"
 #include "widehead/random.h"
@@ -17,14 +18,6 @@ namespace {
 
 using std::int64_t;
 using std::to_string;
-
-void check_index_type(Dtype dtype, int64_t in_features) {
-  expect_dtype("index", dtype, dtype == Dtype::u16 || dtype == Dtype::i32, "uint16 or int32");
-  const int64_t most = dtype == Dtype::u16 ? int64_t{1} << 16 : int64_t{1} << 31;
-  if (in_features > most)
-    throw DtypeError(std::string("index: ") + name_of(dtype) + " reaches " + to_string(most) + " inputs, there are " +
-                     to_string(in_features));
-}
 
 template <class Args>
 void check_layer(const Args& args) {
@@ -52,17 +45,13 @@ void refuse_softcap(const LossOptions& loss) {
   if (loss.softcap > 0) throw ShapeError("softcap: is not for the sparse head");
 }
 
-// K distinct of H, uniform: Floyd's algorithm (Bentley & Floyd, CACM 1987) takes K draws whatever K / H is.
-void draw_row(const RandomStream& random, std::uint64_t row, int64_t fan_in, int64_t in_features,
-              std::vector<int64_t>& out, std::unordered_set<int64_t>& taken) {
+void draw_row(const Floyd& floyd, std::vector<int64_t>& out, std::unordered_set<int64_t>& taken) {
   out.clear();
   taken.clear();
-  for (int64_t j = 0; j < fan_in; ++j) {
-    const int64_t top = in_features - fan_in + j;
-    const auto draw =
-        static_cast<int64_t>(random.below(static_cast<std::uint64_t>(top) + 1, row, static_cast<std::uint32_t>(j)));
-    const int64_t pick = taken.insert(draw).second ? draw : top;
-    if (pick == top) taken.insert(top);
+  for (int64_t j = 0; j < floyd.n; ++j) {
+    const int64_t draw = floyd.draw(j);
+    const int64_t pick = taken.insert(draw).second ? draw : floyd.top(j);
+    taken.insert(pick);
     out.push_back(pick);
   }
   std::sort(out.begin(), out.end());
@@ -70,8 +59,9 @@ void draw_row(const RandomStream& random, std::uint64_t row, int64_t fan_in, int
 
 }  // namespace
 
-void check_index(const SparseIndex& index, int64_t groups, int64_t fan_in, int64_t in_features) {
+void check_index(const SparseIndex& index, int64_t groups, int64_t fan_in, int64_t in_features, const Device& device) {
   check_index_type(index.dtype, in_features);
+  if (on_gpu(device)) return cuda::check_index(index, groups, fan_in, in_features, device);
   for (int64_t g = 0; g < groups; ++g)
     for (int64_t k = 0; k < fan_in; ++k) {
       const int64_t input = entry(index, g, k);
@@ -133,18 +123,20 @@ int64_t scratch_bytes(const SparseScores& args) { return on_gpu(args.device) ? c
 int64_t scratch_bytes(const SparseTopK& args) { return on_gpu(args.device) ? cuda::scratch_bytes(args) : 0; }
 
 void draw_index(void* index, Dtype dtype, int64_t stride, int64_t groups, int64_t fan_in, int64_t in_features,
-                std::uint64_t seed, int64_t first_row) {
+                std::uint64_t seed, int64_t first_row, const Device& device) {
   check_index_type(dtype, in_features);
   if (fan_in < 1 || fan_in > in_features)
     throw ShapeError("fan_in: expected 1 to " + to_string(in_features) + " inputs a class, got " + to_string(fan_in));
   if (first_row < 0) throw ShapeError("first_row: expected at least 0, got " + to_string(first_row));
+  if (on_gpu(device))
+    return cuda::draw_index(index, dtype, stride, groups, fan_in, in_features, seed, first_row, device);
   const RandomStream random{seed, Purpose::rewire, 0};
   constexpr int64_t kRows = 256;
   parallel_for((groups + kRows - 1) / kRows, [&](int64_t chunk) {
     std::vector<int64_t> row;
     std::unordered_set<int64_t> taken;
     for (int64_t g = chunk * kRows; g < std::min(groups, (chunk + 1) * kRows); ++g) {
-      draw_row(random, static_cast<std::uint64_t>(first_row + g), fan_in, in_features, row, taken);
+      draw_row({random, static_cast<std::uint64_t>(first_row + g), fan_in, in_features}, row, taken);
       for (int64_t k = 0; k < fan_in; ++k) {
         if (dtype == Dtype::u16) {
           static_cast<std::uint16_t*>(index)[g * stride + k] =

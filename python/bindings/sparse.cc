@@ -147,20 +147,20 @@ void topk(nb::handle hidden, nb::handle weight, nb::handle index, nb::handle bia
   sparse_topk(args);
 }
 
-void draw(nb::handle index, std::int64_t in_features, std::uint64_t seed, std::int64_t first_row) {
+void draw(nb::handle index, std::int64_t in_features, std::uint64_t seed, std::int64_t first_row, nb::handle gpu) {
   Arrays arrays;
   const AnyMatrix i = arrays.out_matrix(index, {"index", "[groups, fan_in]", kIndex});
-  if (arrays.on_gpu()) throw BackendError("draw_index: expected an array on cpu, got one on cuda");
+  const Device device = arrays.device(gpu);
   nb::gil_scoped_release no_gil;
-  draw_index(i.data, i.dtype, i.stride, i.rows, i.cols, in_features, seed, first_row);
+  draw_index(i.data, i.dtype, i.stride, i.rows, i.cols, in_features, seed, first_row, device);
 }
 
-void check(nb::handle index, std::int64_t in_features) {
+void check(nb::handle index, std::int64_t in_features, nb::handle gpu) {
   Arrays arrays;
   const ConstAnyMatrix i = arrays.matrix(index, {"index", "[groups, fan_in]", kIndex});
-  if (arrays.on_gpu()) throw BackendError("check_index: expected an array on cpu, got one on cuda");
+  const Device device = arrays.device(gpu);
   nb::gil_scoped_release no_gil;
-  check_index({i.data, i.dtype, i.stride, 1}, i.rows, i.cols, in_features);
+  check_index({i.data, i.dtype, i.stride, 1}, i.rows, i.cols, in_features, device);
 }
 
 RewireMode parse_mode(const std::string& name) {
@@ -169,10 +169,10 @@ RewireMode parse_mode(const std::string& name) {
   throw ShapeError("mode: expected 'magnitude_global', 'magnitude_row' or 'threshold', got '" + name + "'");
 }
 
-std::int64_t move(nb::handle weight, nb::handle index, std::int64_t group_size, std::int64_t in_features,
-                  nb::handle first, nb::handle second, nb::handle compensation, const std::string& mode,
-                  double fraction, double threshold, bool keep_value, std::uint64_t seed, std::uint64_t step,
-                  std::int64_t first_row) {
+nb::object move(nb::handle weight, nb::handle index, std::int64_t group_size, std::int64_t in_features,
+                nb::handle first, nb::handle second, nb::handle compensation, const std::string& mode, double fraction,
+                double threshold, bool keep_value, std::uint64_t seed, std::uint64_t step, std::int64_t first_row,
+                nb::handle device_step, nb::handle moved, nb::handle gpu) {
   Arrays arrays;
   Rewire args;
   args.weight = arrays.out_matrix(weight, {"weight", "[n_classes, fan_in]", kStored});
@@ -195,9 +195,18 @@ std::int64_t move(nb::handle weight, nb::handle index, std::int64_t group_size, 
   args.seed = seed;
   args.step = step;
   args.first_row = first_row;
-  if (arrays.on_gpu()) throw BackendError("rewire: expected arrays on cpu, got arrays on cuda");
-  nb::gil_scoped_release no_gil;
-  return rewire(args);
+  args.device_step =
+      sized<std::int64_t>(arrays.vector(device_step, {"device_step", "[1]", kInt64, true}), 1, "device_step", "[1]");
+  const AnyVector count = arrays.out_vector(moved, {"moved", "[1]", kInt64, true});
+  args.moved = const_cast<std::int64_t*>(sized<std::int64_t>(count, 1, "moved", "[1]"));
+  args.device = arrays.device(gpu);
+  arrays.get_scratch(gpu, args.device, scratch_bytes(args));
+  std::int64_t n = 0;
+  {
+    nb::gil_scoped_release no_gil;
+    n = rewire(args);
+  }
+  return arrays.on_gpu() ? nb::none() : nb::object(nb::int_(n));
 }
 
 }  // namespace
@@ -223,12 +232,13 @@ void bind_sparse(nb::module_& m) {
   m.def("sparse_topk", &topk, nb::kw_only(), "hidden"_a.none(), "weight"_a.none(), "index"_a.none(), "bias"_a.none(),
         "group_size"_a = 1, "k"_a, "exclude_indptr"_a.none() = none, "exclude_indices"_a.none() = none,
         "scores"_a.none(), "classes"_a.none(), "lse"_a.none() = none, "gpu"_a.none() = none);
-  m.def("draw_index", &draw, nb::kw_only(), "index"_a.none(), "in_features"_a, "seed"_a, "first_row"_a = 0);
+  m.def("draw_index", &draw, nb::kw_only(), "index"_a.none(), "in_features"_a, "seed"_a, "first_row"_a = 0,
+        "gpu"_a.none() = none);
   m.def("rewire", &move, nb::kw_only(), "weight"_a.none(), "index"_a.none(), "group_size"_a = 1, "in_features"_a,
         "first"_a.none() = none, "second"_a.none() = none, "compensation"_a.none() = none,
         "mode"_a = "magnitude_global", "fraction"_a = 0.1, "threshold"_a = 0.0, "keep_value"_a = false, "seed"_a,
-        "step"_a, "first_row"_a = 0);
-  m.def("check_index", &check, nb::kw_only(), "index"_a.none(), "in_features"_a);
+        "step"_a, "first_row"_a = 0, "device_step"_a.none() = none, "moved"_a.none() = none, "gpu"_a.none() = none);
+  m.def("check_index", &check, nb::kw_only(), "index"_a.none(), "in_features"_a, "gpu"_a.none() = none);
 }
 
 }  // namespace widehead::python

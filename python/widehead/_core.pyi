@@ -179,14 +179,20 @@ def sparse_topk(
     exclude_indptr: Array | None = None, exclude_indices: Array | None = None,
     scores: Array, classes: Array, lse: Array | None = None, gpu: Gpu | None = None,
 ) -> None: ...
-def draw_index(*, index: Array, in_features: int, seed: int, first_row: int = 0) -> None: ...
-def check_index(*, index: Array, in_features: int) -> None: ...
+def draw_index(
+    *, index: Array, in_features: int, seed: int, first_row: int = 0, gpu: Gpu | None = None
+) -> None: ...
+
+# On a GPU a bad row is recorded in "faults" and sets "refused".
+def check_index(*, index: Array, in_features: int, gpu: Gpu | None = None) -> None: ...
 
 # Moves the weakest connections to other inputs; weight, index and the state arrays change in place. mode:
-# "magnitude_global" | "magnitude_row" | "threshold". Returns how many moved.
+# "magnitude_global" | "magnitude_row" | "threshold". Returns how many moved; None on a GPU, where moved, int64 [1],
+# takes the number, and device_step, int64 [1], takes the place of step.
 def rewire(
     *, weight: Array, index: Array, group_size: int = 1, in_features: int,
     first: Array | None = None, second: Array | None = None, compensation: Array | None = None,
     mode: str = "magnitude_global", fraction: float = 0.1, threshold: float = 0.0, keep_value: bool = False,
-    seed: int, step: int, first_row: int = 0,
-) -> int: ...
+    seed: int, step: int, first_row: int = 0, device_step: Array | None = None, moved: Array | None = None,
+    gpu: Gpu | None = None,
+) -> Any: ...

@@ -120,7 +120,10 @@ TEST(faults_become_errors) {
   CHECK_THROWS(LabelError, raise_fault(record(Fault::row_repeated, Argument::rows)),
                "rows: expected distinct rows, got 77");
   CHECK_THROWS(NonFiniteError, raise_fault(record(Fault::non_finite, Argument::grad_losses)), "grad_losses");
-  for (int a = 0; a <= static_cast<int>(Argument::exclude); ++a) CHECK(name_of(static_cast<Argument>(a))[0] != '\0');
+  CHECK_THROWS(ShapeError, raise_fault(record(Fault::index_range, Argument::index)),
+               "index: expected inputs in [0, 40), got 77 at row 5");
+  CHECK_THROWS(ShapeError, raise_fault(record(Fault::index_order, Argument::index)), "got 40 before 77 in row 5");
+  for (int a = 0; a <= static_cast<int>(Argument::index); ++a) CHECK(name_of(static_cast<Argument>(a))[0] != '\0');
 }
 
 }  // namespace

@@ -215,8 +215,7 @@ def test_compiler_errors_are_found():
 
 
 def test_benches_that_know_a_device_are_found():
-    assert gpu.bench_scripts()[0] == "dense.py"
-    assert "dense_gpu.py" not in gpu.bench_scripts()  # dense.py starts it
+    assert gpu.bench_scripts() == ["dense.py", "sparse.py"]  # which start dense_gpu.py and sparse_gpu.py
 
 
 # The plan
@@ -303,7 +302,7 @@ def test_whole_script_when_the_gpu_tests_hang(tmp_path):
     assert "| a table |" in run.stdout
     rows = {row.split()[0]: row for row in (tmp_path / "out" / "summary.txt").read_text().splitlines()}
     assert TIMEOUT in rows["gpu-tests"] and "1 passed, then the time was up" in rows["gpu-tests"]
-    assert PASSED in rows["bench"] and "dense.py: done" in rows["bench"]
+    assert PASSED in rows["bench"] and "dense.py: done" in rows["bench"] and "sparse.py: done" in rows["bench"]
     assert SKIPPED in rows["sanitizer"] and "Device not supported" in rows["sanitizer"]
     assert SKIPPED in rows["headline"] and "75 GB free, 120 needed" in rows["headline"]
     assert "7 passed, 2 skipped" in rows["cpu-tests"]

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from dense_cases import exact, stored
+from devices import call, only_gpu
 from widehead import _core
 
 MODES = ("magnitude_global", "magnitude_row", "threshold")
@@ -17,10 +18,17 @@ class Layer:
     """A sparse layer with state; every number of the state says where it was: 1 + its old column."""
 
     def __init__(
-        self, classes: int, features: int, fan_in: int, group: int = 1, dtype: str = "float32", index: str = "uint16"
+        self,
+        classes: int,
+        features: int,
+        fan_in: int,
+        group: int = 1,
+        dtype: str = "float32",
+        index: str = "uint16",
+        device: str = "cpu",
     ):
         rng = np.random.default_rng([classes, features, fan_in, group])
-        self.features, self.group, self.fan_in = features, group, fan_in
+        self.features, self.group, self.fan_in, self.device = features, group, fan_in, device
         self.index = np.zeros((-(-classes // group), fan_in), index)
         _core.draw_index(index=self.index, in_features=features, seed=3)
         self.weight = stored(rng.normal(size=(classes, fan_in)), dtype)
@@ -34,11 +42,16 @@ class Layer:
         means = [size[g * group : (g + 1) * group].mean(0) for g in range(len(self.index))]
         return np.array(means).astype(np.float32)
 
-    def rewire(self, **more: Any) -> int:
-        arrays = {"weight": self.weight, "index": self.index, "first": self.first, "second": self.second}
-        return _core.rewire(
-            **arrays, group_size=self.group, in_features=self.features, **{"seed": 7, "step": 1, **more}
-        )
+    def arrays(self) -> dict[str, np.ndarray]:
+        names = ("weight", "index", "first", "second", "compensation")
+        return {name: getattr(self, name) for name in names if hasattr(self, name)}
+
+    def rewire(self, refused: np.ndarray | None = None, **more: Any) -> int:
+        options = {"group_size": self.group, "in_features": self.features, "seed": 7, "step": 1, **more}
+        moved = np.full(1, -7)
+        found = call(_core.rewire, self.device, refused=refused, moved=moved, **self.arrays(), **options)
+        assert found == (moved[0] if self.device == "cpu" else None)
+        return int(moved[0])
 
 
 def expected(layer: Layer, mode: str, fraction: float, threshold: float) -> np.ndarray:
@@ -56,8 +69,8 @@ def expected(layer: Layer, mode: str, fraction: float, threshold: float) -> np.n
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
 @pytest.mark.parametrize("shape", [(1500, 40, 8, 1), (333, 300, 20, 16), (70, 9, 8, 1), (130, 11, 1, 64)])
-def test_exactly_those_move(shape: tuple[int, int, int, int], dtype: str, mode: str) -> None:
-    layer = Layer(*shape, dtype=dtype)
+def test_exactly_those_move(shape: tuple[int, int, int, int], dtype: str, mode: str, device: str) -> None:
+    layer = Layer(*shape, dtype=dtype, device=device)
     if dtype == "bfloat16":
         layer.weight &= 0xFFF0  # many ties
     before, index = exact(layer.weight), layer.index.copy()
@@ -83,8 +96,8 @@ def test_exactly_those_move(shape: tuple[int, int, int, int], dtype: str, mode: 
         assert fresh == goes[g].sum() or layer.features - layer.fan_in < goes[g].sum()
 
 
-def test_all_equal_weights_still_move_as_many() -> None:
-    layer = Layer(1300, 50, 10)
+def test_all_equal_weights_still_move_as_many(device: str) -> None:
+    layer = Layer(1300, 50, 10, device=device)
     layer.weight[...] = 0.5
     assert layer.rewire(fraction=0.1) == 1300
     assert (layer.weight[:130] == 0).all() and (layer.weight[130:] == 0.5).all()
@@ -107,10 +120,10 @@ def test_same_result_for_threads_and_shards() -> None:
     assert np.array_equal(part.index, whole.index[1000:1500]) and np.array_equal(part.weight, whole.weight[1000:1500])
 
 
-def test_draws_depend_on_the_step_and_are_uniform() -> None:
+def test_draws_depend_on_the_step_and_are_uniform(device: str) -> None:
     counts, indices = np.zeros(30), []
     for step in range(40):
-        layer = Layer(400, 30, 3, index="int32")
+        layer = Layer(400, 30, 3, index="int32", device=device)
         layer.weight[...] = 1.0
         layer.weight[:, 0] = 0.0
         layer.index[...] = (0, 10, 20)
@@ -124,20 +137,20 @@ def test_draws_depend_on_the_step_and_are_uniform() -> None:
     assert np.abs(free - 16000 / 27).max() < 5 * np.sqrt(16000 / 27)
 
 
-def test_kept_values_full_rows_and_nan() -> None:
-    layer = Layer(20, 40, 5)
+def test_kept_values_full_rows_and_nan(device: str) -> None:
+    layer = Layer(20, 40, 5, device=device)
     want = np.sort(layer.weight.ravel())
     assert layer.rewire(fraction=0.5, keep_value=True) == 50
     assert np.array_equal(np.sort(layer.weight.ravel()), want) and (layer.first == 0).sum() == 50
-    full = Layer(20, 5, 5)
+    full = Layer(20, 5, 5, device=device)
     assert full.rewire(fraction=0.5) == 0
-    layer = Layer(20, 40, 5)
+    layer = Layer(20, 40, 5, device=device)
     layer.weight[3, 2] = np.nan
     assert layer.rewire(fraction=0.99) == 99 and np.isnan(layer.weight).sum() == 1
 
 
-def test_bad_arguments_change_nothing() -> None:
-    layer = Layer(20, 40, 5)
+def test_bad_arguments_change_nothing(device: str) -> None:
+    layer = Layer(20, 40, 5, device=device)
     weight, index = layer.weight.copy(), layer.index.copy()
     for more, error, match in (
         ({"fraction": 1.5}, _core.ShapeError, "fraction: expected a number in"),
@@ -146,8 +159,84 @@ def test_bad_arguments_change_nothing() -> None:
         ({"first": np.zeros((20, 4), np.float32)}, _core.ShapeError, "first"),
         ({"second": np.zeros((20, 5))}, _core.DtypeError, "second: expected float32"),
         ({"group_size": 3}, _core.ShapeError, "index: expected shape"),
+        ({"in_features": 65537}, _core.DtypeError, "index: uint16 reaches 65536 inputs"),
+        ({"moved": np.zeros(2, np.int64)}, _core.ShapeError, "moved"),
     ):
         arguments = {"weight": layer.weight, "index": layer.index, "in_features": 40, "seed": 1, "step": 1, **more}
         with pytest.raises(error, match=match):
-            _core.rewire(**arguments)
+            call(_core.rewire, device, **arguments)
     assert np.array_equal(layer.weight, weight) and np.array_equal(layer.index, index)
+
+
+def twins(*shape: int, wide: bool, **more: Any) -> tuple[Layer, Layer]:
+    """The same layer on the CPU and on a GPU. `wide`: rows lie apart, with marks between them."""
+    pair = Layer(*shape, **more), Layer(*shape, **more, device="cuda")
+    for layer in pair:
+        if layer.weight.dtype == np.uint16:
+            layer.weight &= 0xFFF0  # many ties
+            layer.compensation = np.arange(layer.weight.size, dtype=np.uint16).reshape(layer.weight.shape)
+        layer.weight.flat[::7] = 0
+        if layer.weight.dtype != np.uint16:
+            layer.weight.flat[5::97] = np.nan
+            layer.weight.flat[6::97] = -np.inf
+        if wide:
+            for name, array in layer.arrays().items():
+                apart = np.full((len(array), array.shape[1] + 3), 77, array.dtype)
+                apart[:, : array.shape[1]] = array
+                setattr(layer, name, apart[:, : array.shape[1]])
+    return pair
+
+
+@only_gpu
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (1500, 40, 8, 1), (333, 300, 32, 16), (70, 9, 8, 1), (130, 11, 1, 64), (97, 70, 33, 3), (300, 40, 40, 7),
+        (1, 50, 5, 1), (2000, 900, 31, 1), (40, 2000, 600, 5), (25, 3000, 1300, 2), (10, 1305, 1300, 1),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_bits_of_the_cpu(shape: tuple[int, int, int, int], dtype: str, mode: str, device: str) -> None:
+    for wide, index, fraction in ((False, "uint16", 0.1), (True, "int32", 0.6)):
+        cpu, gpu = twins(*shape, dtype=dtype, index=index, wide=wide)
+        options = {"mode": mode, "fraction": fraction, "threshold": 0.3, "keep_value": wide, "first_row": 12345}
+        moved = cpu.rewire(**options)
+        assert gpu.rewire(**options) == moved
+        assert moved > 0 or shape[2] in (1, shape[1]) or (shape[0] == 1 and fraction == 0.1)
+        for name, array in cpu.arrays().items():
+            other = gpu.arrays()[name]
+            assert np.array_equal(array, other, equal_nan=array.dtype.kind == "f"), name
+            assert not wide or (other.base[:, array.shape[1] :] == 77).all()
+
+
+@only_gpu
+@pytest.mark.parametrize("mode", MODES)
+def test_all_and_none_move(mode: str, device: str) -> None:
+    for fraction, threshold in ((0.0, 0.0), (1.0, 1e30)):
+        cpu, gpu = Layer(150, 60, 12, 4), Layer(150, 60, 12, 4, device=device)
+        options = {"mode": mode, "fraction": fraction, "threshold": threshold}
+        assert gpu.rewire(**options) == cpu.rewire(**options) == cpu.index.size * fraction
+        assert all(np.array_equal(a, gpu.arrays()[name]) for name, a in cpu.arrays().items())
+    empty = Layer(0, 60, 12, device=device)
+    assert empty.rewire(mode=mode, fraction=1.0) == 0
+
+
+@only_gpu
+def test_step_from_the_device(device: str) -> None:
+    cpu, gpu = Layer(90, 60, 12), Layer(90, 60, 12, device=device)
+    step = 2**40 + 3
+    assert cpu.rewire(step=step) == gpu.rewire(step=1, device_step=np.array([step])) > 0
+    assert np.array_equal(cpu.index, gpu.index)
+
+
+@only_gpu
+@pytest.mark.parametrize("mode", MODES)
+def test_nothing_moves_in_a_refused_step(mode: str, device: str) -> None:
+    layer = Layer(90, 60, 12, device=device)
+    before = {name: array.copy() for name, array in layer.arrays().items()}
+    options = {"mode": mode, "fraction": 0.5, "threshold": 1.0}
+    assert layer.rewire(refused=np.ones(1, np.int32), **options) == 0
+    assert all(np.array_equal(array, layer.arrays()[name]) for name, array in before.items())
+    assert layer.rewire(**options) > 0

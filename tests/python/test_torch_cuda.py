@@ -15,7 +15,7 @@ from test_torch_dense import B, D, assert_near, make_batch, make_head  # noqa: E
 from test_torch_optim import Net, snapshot, unchanged  # noqa: E402
 from torch_devices import real_gpu  # noqa: E402
 from widehead import BackendError, LabelError  # noqa: E402
-from widehead.torch import DenseHead, FusedAdam, FusedOptimizer, FusedSGD, _device  # noqa: E402
+from widehead.torch import DenseHead, FusedAdam, FusedOptimizer, FusedSGD, SparseHead, _device  # noqa: E402
 
 pytestmark = real_gpu
 
@@ -222,6 +222,34 @@ def test_no_plain_step_waits(loss: str, half: bool, request: pytest.FixtureReque
     head(hidden, target).loss.backward()
     torch.cuda.set_sync_debug_mode("default")
     assert bool(head.weight.grad.any())
+
+
+@pytest.mark.parametrize("mode", [{}, {"mode": "magnitude_row"}, {"mode": "threshold", "threshold": 0.1}], ids=str)
+def test_no_rewiring_waits(mode: dict[str, Any], request: pytest.FixtureRequest) -> None:
+    head = SparseHead(32, 5000, 8, device="cuda", group_size=2, seed=3, rewire_every=1)
+    twin = SparseHead(32, 5000, 8, group_size=2, seed=3)
+    optimizer = FusedAdam(head, lr=0.1)
+    head.rewire(step=1, optimizer=optimizer, **mode)  # loads kernels, and makes the moments
+    request.getfixturevalue("no_waiting")
+    moved = [head.rewire(step=2, **mode), head.rewire(**mode)]  # the second at the step that the device knows
+    torch.cuda.set_sync_debug_mode("default")
+    assert [int(n) for n in moved] == [twin.rewire(step=step, **mode) for step in (1, 2, 0)][1:]
+    assert torch.equal(head.index.cpu(), twin.index) and torch.equal(head.weight.detach().cpu(), twin.weight)
+
+
+def test_a_captured_rewiring_draws_anew() -> None:
+    """By the step on the device; and step() in a capture leaves the rewiring to the caller."""
+    head, twin = (SparseHead(32, 700, 8, device="cuda", seed=3, rewire_every=1) for _ in range(2))
+    optimizer = FusedSGD(head, lr=0.1)
+    count = optimizer._state_of(head.weight)["step"]
+    graph, moved = captured(lambda: head.rewire())
+    count.fill_(41)
+    with torch.no_grad():
+        for name in ("weight", "index"):
+            getattr(head, name).copy_(getattr(twin, name))
+    graph.replay()
+    assert int(moved) == int(twin.rewire(step=41)) > 0
+    assert torch.equal(head.index, twin.index) and torch.equal(head.weight, twin.weight)
 
 
 @LOSSES

@@ -17,7 +17,9 @@ enum class Fault : std::int64_t {
   row_range,       // a row or class outside [0, limit)
   row_repeated,    // a row twice
   non_finite,
-  row_order,  // a row below the one before it, `limit`, or after padding
+  row_order,    // a row below the one before it, `limit`, or after padding
+  index_range,  // an input of a sparse layer outside [0, limit)
+  index_order,  // one that is not above the one before it, `limit`
 };
 
 enum class Argument : std::int64_t {
@@ -32,6 +34,7 @@ enum class Argument : std::int64_t {
   grad,
   grad_bias,
   exclude,
+  index,
 };
 const char* name_of(Argument argument);
 
@@ -44,7 +47,7 @@ struct FaultRecord {
   std::int64_t limit = 0;
 };
 
-// Throws LabelError or NonFiniteError that says what the record says; returns when it says nothing.
+// Throws LabelError, NonFiniteError or ShapeError that says what the record says; returns when it says nothing.
 void raise_fault(const FaultRecord& record);
 
 }  // namespace widehead

@@ -34,11 +34,18 @@ struct Rewire {
   bool keep_value = false;
   std::uint64_t seed = 0;
   std::uint64_t step = 0;
-  std::int64_t first_row = 0;  // global row of the index's row 0
+  std::int64_t first_row = 0;     // global row of the index's row 0
+  std::int64_t* moved = nullptr;  // [1] or null, where the other arrays are: takes the number that moved
+  Device device = {};
+  const std::int64_t* device_step = nullptr;  // GPU: [1] in the place of step, so that nobody waits to read it
 };
 
 // Returns the number of connections that moved: round(fraction * connections), of all or of each row. A row whose classes
 // have every input already has none to move to and keeps its own. Throws ShapeError and DtypeError before any change.
+// A GPU moves the same ones, to the same inputs; the call only enqueues the work and returns -1. Nothing moves there
+// where *device.refused is not 0.
 std::int64_t rewire(const Rewire& args);
+// Bytes of device.scratch that the call wants; 0 on the CPU.
+std::int64_t scratch_bytes(const Rewire& args);
 
 }  // namespace widehead

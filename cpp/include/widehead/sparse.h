@@ -30,8 +30,9 @@ struct SparseLayer {
 };
 
 // Throws ShapeError naming the first row of the index that is out of range or does not ascend. The operations below take
-// the index as checked: whoever makes or loads one calls this once.
-void check_index(const SparseIndex& index, std::int64_t groups, std::int64_t fan_in, std::int64_t in_features);
+// the index as checked: whoever makes or loads one calls this once. On a GPU a bad row is recorded and sets *refused.
+void check_index(const SparseIndex& index, std::int64_t groups, std::int64_t fan_in, std::int64_t in_features,
+                 const Device& device = {});
 
 // See DenseForward. Softmax takes no soft cap here.
 struct SparseForward {
@@ -103,6 +104,6 @@ std::int64_t scratch_bytes(const SparseTopK& args);
 // Fills the index with K distinct inputs a row, ascending, uniform among all such sets: a function of (seed, row) alone,
 // so that classes added later, and shards, have the rows of the whole. O(K log K) a row. Throws ShapeError for K > H.
 void draw_index(void* index, Dtype dtype, std::int64_t stride, std::int64_t groups, std::int64_t fan_in,
-                std::int64_t in_features, std::uint64_t seed, std::int64_t first_row);
+                std::int64_t in_features, std::uint64_t seed, std::int64_t first_row, const Device& device = {});
 
 }  // namespace widehead

@@ -4,6 +4,7 @@
 
 #include "widehead/dense.h"
 #include "widehead/ranges.h"
+#include "widehead/rewire.h"
 #include "widehead/rows.h"
 #include "widehead/sampling.h"
 #include "widehead/sparse.h"
@@ -41,6 +42,14 @@ std::int64_t scratch_bytes(const UpdateRows& args);
 void sample_classes(const SampleClasses& args);
 void init_uniform(const AnyMatrix& out, double low, double high, std::uint64_t seed, std::int64_t first_row,
                   const Device& device);
+
+void rewire(const Rewire& args);
+std::int64_t scratch_bytes(const Rewire& args);
+void draw_index(void* index, Dtype dtype, std::int64_t stride, std::int64_t groups, std::int64_t fan_in,
+                std::int64_t in_features, std::uint64_t seed, std::int64_t first_row, const Device& device);
+void check_index(const SparseIndex& index, std::int64_t groups, std::int64_t fan_in, std::int64_t in_features,
+                 const Device& device);
+
 void set_cublas_path(const std::string& path);
 
 }  // namespace widehead::cuda

@@ -38,6 +38,13 @@ void gather_rows(const GatherRows&) { refuse(); }
 void update_rows(const UpdateRows&) { refuse(); }
 void sample_classes(const SampleClasses&) { refuse(); }
 void init_uniform(const AnyMatrix&, double, double, std::uint64_t, std::int64_t, const Device&) { refuse(); }
+std::int64_t scratch_bytes(const Rewire&) { refuse(); }
+void rewire(const Rewire&) { refuse(); }
+void draw_index(void*, Dtype, std::int64_t, std::int64_t, std::int64_t, std::int64_t, std::uint64_t, std::int64_t,
+                const Device&) {
+  refuse();
+}
+void check_index(const SparseIndex&, std::int64_t, std::int64_t, std::int64_t, const Device&) { refuse(); }
 void set_cublas_path(const std::string&) {}  // harmless: there is nothing to find
 
 }  // namespace widehead::cuda

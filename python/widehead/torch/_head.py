@@ -284,8 +284,12 @@ class Head(nn.Module):
         for parameter in self.owned_parameters():
             parameter.requires_grad_(True)
 
-    def after_step(self) -> None:
-        """Called by the fused optimiser's step() after an update: rewiring, table maintenance."""
+    def after_step(self, applied: Tensor | None = None) -> None:
+        """Called by the fused optimiser's step() after an update: rewiring, table maintenance.
+
+        Args:
+            applied: on a GPU, 0-d int64: 1, or 0 where the device has refused the step.
+        """
 
     def extra_repr(self) -> str:
         parts = [f"in_features={self.in_features}, n_classes={self.n_classes}, loss={self.loss!r}"]

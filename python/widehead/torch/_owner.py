@@ -31,6 +31,7 @@ class Owner:
     `anchor` is a 0-d leaf that requires grad: it makes backward reach the head when neither the weights nor the hidden
     states do. Its gradient is the head's report: 0 after an update, infinity when an overflow kept everything as it
     was. `applied` is what a fused backward on a GPU leaves for step(): 1, or 0 where the device has refused the step.
+    `closed` counts the steps that step() has closed: on a GPU the refused ones too, which the host does not know of.
     """
 
     def __init__(self, head: Head, optimizer: FusedOptimizer, group_index: int) -> None:
@@ -40,6 +41,7 @@ class Owner:
         self.anchor = torch.zeros((), dtype=torch.float32, device=head.weight.device, requires_grad=True)
         self.control = torch.tensor([next(_handles), 0], dtype=torch.int64, device="cpu")
         self.applied: Tensor | None = None
+        self.closed = 0
         _owners[int(self.control[HANDLE])] = self
 
     @property
@@ -57,8 +59,12 @@ class Owner:
         return self.optimizer.slots(self)
 
     def steps(self) -> int:
-        """How many steps the optimiser has taken on this head."""
+        """How many steps the optimiser has taken on this head; waits for a GPU."""
         return self.optimizer.steps(self)
+
+    def step_count(self) -> Tensor:
+        """The same as int64 `[1]`, where the weights of a head on a GPU are."""
+        return self.optimizer.step_count(self)
 
     def scaler(self) -> Any | None:
         scaler = self.optimizer.grad_scaler

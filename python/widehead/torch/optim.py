@@ -131,9 +131,11 @@ class FusedOptimizer(torch.optim.Optimizer):
             )
         for owner in self._owners:
             if owner.control[PENDING]:
-                self._state_of(owner.head.weight)["step"] += 1 if owner.applied is None else owner.applied
-                owner.control[PENDING], owner.applied = 0, None
-                owner.head.after_step()
+                applied, owner.applied = owner.applied, None
+                self._state_of(owner.head.weight)["step"] += 1 if applied is None else applied
+                owner.control[PENDING] = 0
+                owner.closed += 1
+                owner.head.after_step(applied)
         for device in {owner.head.weight.device for owner in self._owners if on_gpu(owner.head.weight)}:
             faults_of(device).look()
         return loss
@@ -148,6 +150,8 @@ class FusedOptimizer(torch.optim.Optimizer):
                 if isinstance(value, Tensor):
                     device = parameter.device if key != "step" or on_gpu(parameter) else torch.device("cpu")
                     self.state[parameter][key] = value.detach().to(device=device, copy=True)
+        for owner in self._owners:
+            owner.closed = int(self.state.get(owner.head.weight, {}).get("step", 0))
 
     def __getstate__(self) -> dict[str, Any]:
         raise Error(
@@ -187,6 +191,9 @@ class FusedOptimizer(torch.optim.Optimizer):
     def steps(self, owner: Owner) -> int:
         """Steps taken on the head; waits for a GPU."""
         return int(self._state_of(owner.head.weight)["step"])
+
+    def step_count(self, owner: Owner) -> Tensor:
+        return self._state_of(owner.head.weight)["step"].reshape(1)
 
     def _counted(self, weight: nn.Parameter, lr: float | Tensor) -> dict[str, Any]:
         """Learning rate and step. On a GPU the step, and a learning rate that is a tensor there, are read by the

@@ -14,6 +14,7 @@ from widehead._core import BackendError, DtypeError, ShapeError
 from widehead.options import SPARSE_LOSSES, SparseOptions, check_dense_head, check_fan_in
 
 from . import _device
+from ._device import on_gpu
 from ._glue import follow_threads, sum_dtype
 from ._head import Head, check, checked_class_weight, checked_seed, checked_weight_dtype
 from ._order import order_array
@@ -69,6 +70,11 @@ class SparseHead(SparseRows):
 
     Training in plain mode gives `weight.grad` `[D, K]` and `bias.grad` for any torch optimiser; `FusedSGD` and
     `FusedAdam` update inside backward, and their step() rewires.
+
+    On a GPU nothing waits to learn whether a step was refused (a bad label, an overflow under a GradScaler): the
+    schedule of rewiring counts the calls of step() that closed one (after a checkpoint's loading: the steps taken, as
+    it has them), and nothing moves after a refused one. A CUDA graph has the same work every time, so a step() inside
+    its capture never rewires: call `rewire` between replays.
 
     DistributedDataParallel cannot send torch.uint16, and need not: the same seed gives every rank the same index, and
     the same `step=` the same rewiring. Before wrapping `net` with a head at `net.head` call
@@ -165,7 +171,13 @@ class SparseHead(SparseRows):
         """
         self.seed = self.seed if seed is None else checked_seed(seed)
         self._fill(self.weight, 0)
-        self.index.copy_(self._drawn(self._groups, 0))
+        if self._is_own(self.index):
+            self._draw(self.index, 0)
+            if not self.index.is_inference():
+                torch.autograd.graph.increment_version(self.index)
+            self._mark_index()
+        else:
+            self.index.copy_(self._drawn(self._groups, 0))
         if self.frequent is not None:
             self.frequent.reset_parameters(self.seed)
         for layer in self.layers():
@@ -173,10 +185,14 @@ class SparseHead(SparseRows):
                 layer.bias.fill_(self.options.first_bias(self.n_classes))
 
     def _drawn(self, rows: int, first_row: int) -> Tensor:
-        index = torch.empty(rows, self.options.fan_in, dtype=self._index_dtype, device="cpu")
-        if rows:
-            _core.draw_index(index=index.numpy(), in_features=self.in_features, seed=self.seed, first_row=first_row)
+        index = torch.empty(rows, self.options.fan_in, dtype=self._index_dtype, device=self.weight.device)
+        self._draw(index, first_row)
         return index
+
+    def _draw(self, index: Tensor, first_row: int) -> None:
+        if index.numel():
+            where, gpu = _device.capsule(index), _device.gpu_of(index)
+            _core.draw_index(index=where, in_features=self.in_features, seed=self.seed, first_row=first_row, gpu=gpu)
 
     @torch.no_grad()
     def rewire(
@@ -187,7 +203,7 @@ class SparseHead(SparseRows):
         *,
         threshold: float | None = None,
         step: int | None = None,
-    ) -> int:
+    ) -> int | Tensor:
         """Move the weakest connections to other inputs, drawn at random: they start anew with weight 0. Fan-in and
         distinct inputs stay. Call it after the optimiser's step(), before the next forward pass.
 
@@ -200,31 +216,51 @@ class SparseHead(SparseRows):
                 state, where it has one; else a number of torch's generator.
 
         Returns:
-            how many connections have moved (of a group's shared inputs each counts once). `weight.grad` is gone.
+            how many connections have moved (of a group's shared inputs each counts once): on the CPU an int; on a GPU,
+            where nothing waits for it, a 0-d int64 tensor there. `weight.grad` is gone.
 
         Raises:
             ShapeError: a number out of its range, or an optimiser that does not train this head. Nothing has changed.
-            BackendError: the head is on a GPU or the meta device.
+            BackendError: the head is on the meta device.
         """
         arguments = self.options.rewiring(fraction, mode, threshold)
         if self.weight.is_meta:
             raise BackendError("weight is on the meta device: call to_empty(device=...) first")
         state: dict[str, Any] = {}
+        count: Tensor | None = None
         if self._owner is not None:
             check(
                 optimizer is None or optimizer is self._owner.optimizer,
                 f"optimizer: expected None or the {type(self._owner.optimizer).__name__} that owns this head",
             )
-            state, step = dict(self._owner.slots()), self._owner.steps() if step is None else step
+            state, count = dict(self._owner.slots()), self._owner.step_count()
         elif optimizer is not None:
             trained = any(p is self.weight for group in optimizer.param_groups for p in group["params"])
             check(trained, "optimizer: expected one that trains this head's weight")
             found = optimizer.state.get(self.weight, {})
             state = {n: v for n, v in found.items() if isinstance(v, Tensor) and v.shape == self.weight.shape}
-            step = int(found["step"]) if step is None and "step" in found else step
-        step = int(torch.randint(2**63 - 1, ())) if step is None else int(step)
-        self._check_index()
-        moved = self._move(state, step, arguments)
+            count = torch.as_tensor(found["step"]) if "step" in found else None
+        if step is not None:
+            count = None
+        elif count is None:
+            step = int(torch.randint(2**63 - 1, ()))
+        elif not (on_gpu(self.weight) and count.device == self.weight.device):
+            step, count = int(count), None
+        return self._rewire(state, 0 if step is None else int(step), count, None, arguments)
+
+    def _rewire(
+        self,
+        state: dict[str, Tensor],
+        step: int,
+        device_step: Tensor | None,
+        refused: Tensor | None,
+        arguments: dict[str, Any],
+    ) -> int | Tensor:
+        """device_step: in the place of step. refused: int32 `[1]`, not 0 where nothing may move."""
+        if refused is None and on_gpu(self.weight):
+            refused = torch.zeros(1, dtype=torch.int32, device=self.weight.device)
+        self._check_index(refused)
+        moved = self._move(state, step, device_step, refused, arguments)
         for tensor in (self.weight, self.index, *state.values()):
             if not tensor.is_inference():
                 torch.autograd.graph.increment_version(tensor)  # a graph that has kept it must not be walked any more
@@ -232,7 +268,14 @@ class SparseHead(SparseRows):
         self._mark_index()
         return moved
 
-    def _move(self, state: dict[str, Tensor], step: int, arguments: dict[str, Any]) -> int:
+    def _move(
+        self,
+        state: dict[str, Tensor],
+        step: int,
+        device_step: Tensor | None,
+        refused: Tensor | None,
+        arguments: dict[str, Any],
+    ) -> int | Tensor:
         follow_threads()
         kind = sum_dtype(self.weight)
         if self._owner is not None:
@@ -246,13 +289,19 @@ class SparseHead(SparseRows):
             # The core carries the columns' numbers along; 0 comes back where a connection has moved.
             columns = torch.arange(1, self.options.fan_in + 1, dtype=kind, device=self.weight.device)
             slots = {"first": columns.expand_as(self.weight).contiguous()}
-        moved = _core.rewire(
+        count = torch.empty(1, dtype=torch.int64, device=self.weight.device)
+        if device_step is not None:
+            device_step = device_step.to(torch.int64).reshape(1)
+        _core.rewire(
             weight=_device.capsule(self.weight),
             index=_device.capsule(self.index),
             group_size=self.options.group_size,
             in_features=self.in_features,
             seed=self.seed,
             step=step,
+            device_step=_device.capsule(device_step),
+            moved=_device.capsule(count),
+            gpu=_device.gpu_of(self.weight, refused),
             **{name: _device.capsule(value) for name, value in slots.items()},
             **arguments,
         )
@@ -261,15 +310,26 @@ class SparseHead(SparseRows):
                 origin = slots["first"][begin : begin + _CHUNK].long() - 1
                 part = value[begin : begin + _CHUNK]
                 part.copy_(torch.where(origin >= 0, part.gather(1, origin.clamp(min=0)), 0))
-        return moved
+        return count[0] if on_gpu(self.weight) else int(count)
 
-    def after_step(self) -> None:
+    def after_step(self, applied: Tensor | None = None) -> None:
         if self._owner is None or not self.options.rewire_every:
             return
-        step = self._owner.steps()
-        fraction = self.options.fraction_after(step)
-        if fraction is not None:
-            self.rewire(fraction, step=step)
+        if not on_gpu(self.weight):
+            step = self._owner.steps()
+            fraction = self.options.fraction_after(step)
+            if fraction is not None:
+                self.rewire(fraction, step=step)
+            return
+        # The device alone knows how many steps it has taken: the schedule follows those that were closed.
+        fraction = self.options.fraction_after(self._owner.closed)
+        if fraction is None or _device.capturing(self.weight.device):
+            return
+        refused = None if applied is None else (1 - applied).to(torch.int32).reshape(1)
+        with torch.no_grad():
+            self._rewire(
+                self._owner.slots(), 0, self._owner.step_count(), refused, self.options.rewiring(fraction, None, None)
+            )
 
     @torch.no_grad()
     def grow(self, n_classes: int, *, class_weight: Tensor | None = None) -> None:
@@ -298,8 +358,7 @@ class SparseHead(SparseRows):
             self._place_order(self.weight.device)
         self._grow_parameters(n_classes, self.options.first_bias(n_classes))
         old = len(self.index)
-        fresh = self._drawn(self._groups - old, old).to(self.index.device)
-        self.index = torch.cat([self.index, fresh])
+        self.index = torch.cat([self.index, self._drawn(self._groups - old, old)])
 
     @torch.no_grad()
     def to_dense(self) -> DenseHead:
@@ -358,14 +417,33 @@ class SparseHead(SparseRows):
         _core.check_index(index=wide.detach().cpu().contiguous().numpy(), in_features=self.in_features)
         return index.to(self._index_dtype)
 
-    def _check_index(self) -> None:
-        """The core reads where the index says: one that has been written to since the last look is looked at again."""
+    def _is_own(self, index: Tensor) -> bool:
+        """Whether the core takes it as it is, what it says apart."""
+        shape = (self._groups, self.options.fan_in)
+        return index.dtype == self._index_dtype and index.shape == shape and index.is_contiguous()
+
+    def _check_index(self, refused: Tensor | None = None) -> None:
+        """The core reads where the index says: one that others have written to since the last look is looked at again.
+
+        On a GPU that waits for the answer, but inside a graph's capture, where `check` has it. No step of training
+        comes here a second time: the head knows what it has drawn and rewired itself.
+        """
         if torch.compiler.is_compiling() or type(self.index) is not Tensor:
             return
         seen, version = self._seen or (None, 0)
-        if seen is not self.index or version != _version(self.index):
+        if seen is self.index and version == _version(self.index):
+            return
+        if on_gpu(self.index) and self._is_own(self.index):
+            device = self.index.device
+            waits = not _device.capturing(device)
+            record = torch.zeros(_device.NUMBERS, dtype=torch.int64, device=device) if waits else None
+            where, gpu = _device.capsule(self.index), _device.gpu_of(self.index, refused, record)
+            _core.check_index(index=where, in_features=self.in_features, gpu=gpu)
+            if record is not None:
+                _core.raise_fault(record.tolist())
+        else:
             self.index = self._checked(self.index)
-            self._mark_index()
+        self._mark_index()
 
     def _mark_index(self) -> None:
         self._seen = (self.index, _version(self.index))
