@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,8 +18,6 @@ if TYPE_CHECKING:
 
 _STEPS = 30  # of the walk that begins a level
 _ROUNDS = 8  # of two-means after it, at most
-
-_TABLE = 1 << 22  # numbers of a dense table of centroids
 
 Int64 = NDArray[np.int64]
 
@@ -154,39 +153,63 @@ def _halve(vectors: sp.csr_array, leaf: int, tie: Int64) -> Int64:
     n, width = vectors.shape
     order, bounds = np.arange(n), np.array([0, n])
     rows = np.repeat(np.arange(n), np.diff(vectors.indptr))
-    columns, values = vectors.indices.astype(np.int64), vectors.data.astype(np.float64)
+    entries = _Entries(
+        rows, vectors.data.astype(np.float64), vectors.indices.astype(np.int64), np.zeros(width, np.int64)
+    )
     while (sizes := np.diff(bounds)).max() > leaf:
-        part = np.empty(n, np.int64)
-        part[order] = np.repeat(np.arange(len(sizes)), sizes)
+        part = _part_of(order, bounds)
         # Whole groups to the left, so that every part begins with one.
         left = np.where(sizes > leaf, (sizes + 2 * leaf - 1) // (2 * leaf) * leaf, sizes)
-        live = (sizes > leaf)[part[rows]]
-        rows, columns, values = rows[live], columns[live], values[live]
-        level = _Level(part, bounds, left, rows, columns, values, width, tie)
-        order = level.split()
+        entries = entries.keep((sizes > leaf)[part[entries.rows]])
+        order = _Level(part, bounds, left, entries, tie).split()
         bounds = np.unique(np.concatenate([bounds, bounds[:-1] + left]))
+        entries = entries.split(_part_of(order, bounds))
     # In a leaf the rows stay in the order in which they came.
-    part = np.empty(n, np.int64)
+    return np.lexsort((np.arange(n), _part_of(order, bounds)))
+
+
+def _part_of(order: Int64, bounds: Int64) -> Int64:
+    """The part of each row."""
+    part = np.empty(len(order), np.int64)
     part[order] = np.repeat(np.arange(len(bounds) - 1), np.diff(bounds))
-    return np.lexsort((np.arange(n), part))
+    return part
+
+
+@dataclass(frozen=True)
+class _Entries:
+    """Entries of the vectors. Those of one column in one part have one slot; a slot's part is `slot_part`."""
+
+    rows: Int64
+    values: NDArray[np.float64]
+    slots: Int64
+    slot_part: Int64
+
+    def keep(self, which: NDArray[np.bool_]) -> _Entries:
+        if which.all():
+            return self
+        return _Entries(self.rows[which], self.values[which], self.slots[which], self.slot_part)
+
+    def split(self, part: Int64) -> _Entries:
+        """With the slots of finer parts, of which an old one has at most two, side by side."""
+        parts = part[self.rows]
+        least = np.full(len(self.slot_part), np.iinfo(np.int64).max)
+        np.minimum.at(least, self.slots, parts)
+        slots = 2 * self.slots + (parts > least[self.slots])
+        there = np.zeros(2 * len(self.slot_part), bool)
+        there[slots] = True
+        slots = (np.cumsum(there) - 1)[slots]
+        slot_part = np.empty(int(there.sum()), np.int64)
+        slot_part[slots] = parts
+        return _Entries(self.rows, self.values, slots, slot_part)
 
 
 class _Level:
-    """Parts of a level, each to be halved: the entries of the vectors of their rows, with `slots` that number the pairs
-    of a part and a column."""
+    """Parts of a level, each to be halved: of `left` rows, and the others."""
 
-    def __init__(
-        self, part: Int64, bounds: Int64, left: Int64, rows: Int64, columns: Int64, values: NDArray[np.float64],
-        width: int, tie: Int64,
-    ) -> None:  # fmt: skip
+    def __init__(self, part: Int64, bounds: Int64, left: Int64, entries: _Entries, tie: Int64) -> None:
         self.part, self.bounds, self.left, self.tie = part, bounds, left, tie
-        self.rows, self.values = rows, values
-        parts, keys = len(left), part[rows] * width + columns
-        if parts * width <= _TABLE:
-            self.slots, self.slot_part = keys, np.repeat(np.arange(parts), width)
-        else:
-            kept, self.slots = np.unique(keys, return_inverse=True)
-            self.slot_part = kept // width
+        self.rows, self.values = entries.rows, entries.values
+        self.slots, self.slot_part = entries.slots, entries.slot_part
 
     def split(self) -> Int64:
         """The rows, part by part, in each those that go left first."""
