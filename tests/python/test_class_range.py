@@ -112,11 +112,12 @@ def test_merged_ranges_are_the_whole_dense_head(device: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SPARSE_LOSSES)
-def test_merged_ranges_are_the_whole_sparse_head(name: str) -> None:
+def test_merged_ranges_are_the_whole_sparse_head(device: str, name: str) -> None:
     for i, shape in enumerate([(3, 7, 9, 4, 1), (17, 130, 40, 7, 1), (31, 200, 300, 31, 16)]):
         for parts in (1, 2, 3):
             options = {"loss": "softmax", **SPARSE_LOSSES[name]}
-            check(test_sparse.make(shape, seed=i, dtype=DTYPES[(i + parts) % 3], scale=2.0, **options), parts, "cpu")
+            case = test_sparse.make(shape, seed=i, dtype=DTYPES[(i + parts) % 3], scale=2.0, device=device, **options)
+            check(case, parts, device)
 
 
 @pytest.mark.parametrize("loss", ["softmax", "bce", "squared_hinge"])

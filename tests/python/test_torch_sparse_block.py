@@ -19,6 +19,7 @@ from test_torch_dense import B, D, assert_near, make_batch, make_labels  # noqa:
 from test_torch_dense import d as H  # noqa: E402
 from test_torch_optim import FUSED, PLAIN, Net, same, snapshot, unchanged  # noqa: E402
 from test_torch_sparse import K, losses_of, reduced, train  # noqa: E402
+from torch_devices import raises  # noqa: E402
 from widehead import DtypeError, Error, LabelError, Labels, NonFiniteError, ShapeError  # noqa: E402
 from widehead import numpy as whnp  # noqa: E402
 from widehead.torch import FusedAdam, FusedSGD, SparseHead, block_ops  # noqa: E402
@@ -39,14 +40,14 @@ CASES: list[dict[str, Any]] = [
 ids = lambda o: " ".join(o)  # noqa: E731
 
 
-def make_head(dtype: torch.dtype = torch.float64, **options: Any) -> SparseHead:
+def make_head(dtype: torch.dtype = torch.float64, device: str = "cpu", **options: Any) -> SparseHead:
     if options.get("class_weight") is True:
         options["class_weight"] = torch.linspace(0.2, 2.0, D)
-    head = SparseHead(H, D, K, dtype=dtype, **{"seed": 3, **options})
+    head = SparseHead(H, D, K, dtype=dtype, device=device, **{"seed": 3, **options})
     with torch.no_grad():  # biases that differ
         for layer in head.layers():
             if layer.bias is not None:
-                layer.bias += torch.linspace(-0.5, 0.5, len(layer.bias))
+                layer.bias += torch.linspace(-0.5, 0.5, len(layer.bias), device=device)
     return head
 
 
@@ -58,28 +59,28 @@ def logits(head: SparseHead, hidden: Tensor) -> Tensor:
     """By class, put together without the head's own help; with derivatives."""
     rows = head.weight.shape[0]
     inputs = head.index.long().repeat_interleave(head.options.group_size, 0)[:rows]
-    weight = torch.zeros(rows, H, dtype=head.weight.dtype).scatter(1, inputs, head.weight)
+    weight = head.weight.new_zeros(rows, H).scatter(1, inputs, head.weight)
     z = hidden @ weight.T if head.bias is None else hidden @ weight.T + head.bias
     if head.frequent is not None:
         first = hidden @ head.frequent.weight.T
         z = torch.cat([first if head.frequent.bias is None else first + head.frequent.bias, z], 1)
-    return z if head.order is None else z[:, torch.argsort(ORDER)]
+    return z if head.order is None else z[:, torch.argsort(ORDER).to(z.device)]
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=ids)
 @pytest.mark.parametrize("options", CASES, ids=str)
-def test_losses_and_gradients_equal_torch(options: dict[str, Any], block: dict[str, Any]) -> None:
-    head = make_head(**options, **block)
-    hidden, _ = make_batch("cpu")
+def test_losses_and_gradients_equal_torch(options: dict[str, Any], block: dict[str, Any], device: str) -> None:
+    head = make_head(device=device, **options, **block)
+    hidden, _ = make_batch(device)
     hidden.requires_grad_()
-    labels, y = make_labels("cpu")  # the first row has no label
+    labels, y = make_labels(device)  # the first row has no label
     z = logits(head, hidden)
     want = reduced(head, losses_of(head, z, y))
     got = head(hidden, labels)
     assert_near(got.loss, want)
     near = z - z.logsumexp(-1, keepdim=True) if head.loss == "softmax" else z
     assert_near(got.output, (y * near).sum(-1))
-    upstream = torch.linspace(1, 2, want.numel(), dtype=torch.float64).reshape(want.shape)
+    upstream = torch.linspace(1, 2, want.numel(), dtype=torch.float64, device=device).reshape(want.shape)
     wrt = [hidden, *head.parameters()]
     assert {id(p) for p in wrt[1:]} == {id(p) for p in head.owned_parameters()}
     terms = (got.loss * upstream).sum() + got.output.sum(), (want * upstream).sum() + (y * near).sum()
@@ -89,13 +90,19 @@ def test_losses_and_gradients_equal_torch(options: dict[str, Any], block: dict[s
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=ids)
-def test_one_class_an_example(block: dict[str, Any]) -> None:
+def test_one_class_an_example(block: dict[str, Any], device: str) -> None:
     """With smoothing, class weights, an ignored class that is also a row's number, and lse as an output."""
     for ignore in (-100, 0, int(ORDER[2])):
         head = make_head(
-            loss="softmax", label_smoothing=0.2, class_weight=True, lse_penalty=0.03, ignore_index=ignore, **block
+            device=device,
+            loss="softmax",
+            label_smoothing=0.2,
+            class_weight=True,
+            lse_penalty=0.03,
+            ignore_index=ignore,
+            **block,
         )
-        hidden, target = make_batch("cpu", rows=23)
+        hidden, target = make_batch(device, rows=23)
         target[target == -100] = ignore
         hidden.requires_grad_()
         z = logits(head, hidden)
@@ -142,13 +149,13 @@ def test_operators() -> None:
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=ids)
-def test_queries(block: dict[str, Any]) -> None:
+def test_queries(block: dict[str, Any], device: str) -> None:
     for loss in ("softmax", "bce"):
-        head = make_head(loss=loss, **block)
-        hidden, _ = make_batch("cpu")
+        head = make_head(device=device, loss=loss, **block)
+        hidden, _ = make_batch(device)
         z = logits(head, hidden).detach()
         assert_near(head.scores(hidden), z)
-        some = torch.randint(0, D, (B, 9), generator=torch.Generator().manual_seed(1))
+        some = torch.randint(0, D, (B, 9), generator=torch.Generator().manual_seed(1)).to(device)
         assert_near(head.scores(hidden, some), z.gather(1, some))
         assert_near(head.lse(hidden), z.logsumexp(-1))
         known = z.log_softmax(-1) if loss == "softmax" else nn.functional.logsigmoid(z)
@@ -159,27 +166,33 @@ def test_queries(block: dict[str, Any]) -> None:
             assert torch.equal(top.classes, best[:, :k])
             assert_near(top.scores, z.gather(1, best[:, :k]))
         assert torch.equal(head.predict(hidden), best[:, 0])
-        seen = Labels(torch.arange(0, 3 * B + 1, 3), best[:, :3].sort(dim=1).values.reshape(-1), None, D)
+        seen = Labels(torch.arange(0, 3 * B + 1, 3, device=device), best[:, :3].sort(dim=1).values.reshape(-1), None, D)
         assert torch.equal(head.topk(hidden, 4, seen).classes, best[:, 3:7])
-        everything = Labels(torch.arange(0, D * B + 1, D), torch.arange(D).repeat(B), None, D)
+        rows = torch.arange(0, D * B + 1, D, device=device)
+        everything = Labels(rows, torch.arange(D, device=device).repeat(B), None, D)
         assert bool((head.topk(hidden, 4, everything).classes == -1).all())
+
+
+def test_a_class_that_is_none_is_named() -> None:
+    for block in BLOCKS[1:]:
+        head, hidden = make_head(**block), make_batch("cpu")[0]
         with pytest.raises(LabelError, match=rf"classes: expected a class in \[0, {D}\), got {D}"):
             head.scores(hidden, torch.full((B, 1), D))
 
 
-def test_equal_scores_go_to_the_lower_row() -> None:
-    head = make_head(dense_head=N)
+def test_equal_scores_go_to_the_lower_row(device: str) -> None:
+    head = make_head(dense_head=N, device=device)
     with torch.no_grad():
         for parameter in head.parameters():
             parameter.zero_()
-    hidden, _ = make_batch("cpu")
-    assert torch.equal(head.topk(hidden, N + 4).classes, torch.arange(N + 4).expand(B, -1))
+    hidden, _ = make_batch(device)
+    assert torch.equal(head.topk(hidden, N + 4).classes, torch.arange(N + 4, device=device).expand(B, -1))
 
 
 @pytest.mark.parametrize("name", list(FUSED))
 @pytest.mark.parametrize("options", [{}, {"loss": "softmax", "group_size": 16, "bias": False}], ids=str)
-def test_twenty_steps_equal_torch(name: str, options: dict[str, Any]) -> None:
-    fused, plain = (both(rewire_every=None, **options) for _ in range(2))
+def test_twenty_steps_equal_torch(name: str, options: dict[str, Any], device: str) -> None:
+    fused, plain = (both(rewire_every=None, device=device, **options) for _ in range(2))
     optimizer = FUSED[name](fused)
     assert train(fused, optimizer, range(20)) == pytest.approx(
         train(plain, PLAIN[name](plain.parameters()), range(20)), rel=1e-9
@@ -215,22 +228,23 @@ def test_fused_steps_are_those_of_numpy(dtype: torch.dtype) -> None:
         assert np.array_equal(array, theirs.state_dict()[key]), key
 
 
-def test_bad_values_in_fused_mode_change_nothing() -> None:
+def test_bad_values_in_fused_mode_change_nothing(device: str) -> None:
     for loss in ("softmax", "squared_hinge"):
-        head = both(dtype=torch.float32, loss=loss, rewire_every=1)
+        head = both(dtype=torch.float32, loss=loss, rewire_every=1, device=device)
         optimizer = FusedAdam(head, lr=0.1)
-        hidden, target = make_batch("cpu", torch.float32)
+        hidden, target = make_batch(device, torch.float32)
         before, index = snapshot(head), head.index.clone()
         bad = hidden.clone()
         bad[3, 2] = torch.nan
-        with pytest.raises(NonFiniteError, match="hidden"):
+        with raises(head, NonFiniteError, "hidden"):
             head(bad, target).loss.backward()
         optimizer.step()
         assert unchanged(head, before) and torch.equal(head.index, index)
-        with pytest.raises(LabelError, match=rf"label {D} at row 1 is out of range: expected 0 to {D - 1}"):
-            head(hidden, torch.tensor([0, D, 1, 1, 1, 1, 1]))
-        rows = Labels(torch.arange(0, 2 * B + 1, 2), torch.tensor([4, 4] + [1, 2] * (B - 1)), None, D)
-        with pytest.raises(LabelError, match="label 4 is in row 0 more than once"):
+        with raises(head, LabelError, rf"label {D} at .* is out of range: expected 0 to {D - 1}"):
+            head(hidden, torch.tensor([0, D, 1, 1, 1, 1, 1], device=device))
+        rows = torch.tensor([4, 4] + [1, 2] * (B - 1), device=device)
+        rows = Labels(torch.arange(0, 2 * B + 1, 2, device=device), rows, None, D)
+        with raises(head, LabelError, "more than once|already|repeat|twice"):
             head(hidden, rows)
         loss_of = head(hidden, target).loss
         loss_of.backward(retain_graph=True)
@@ -240,12 +254,12 @@ def test_bad_values_in_fused_mode_change_nothing() -> None:
         assert not any(torch.equal(p, q) for p, q in zip(head.owned_parameters(), before, strict=True))
 
 
-def test_grad_scaler_overflow_leaves_both_layers() -> None:
+def test_grad_scaler_overflow_leaves_both_layers(device: str) -> None:
     """Gradients to a float16 hidden that overflow: the report goes to the scaler, and nothing has moved."""
-    head = both(dtype=torch.float32)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24, growth_interval=1)
+    head = both(dtype=torch.float32, device=device)
+    scaler = torch.amp.GradScaler(device, init_scale=2.0**24, growth_interval=1)
     optimizer = FusedSGD(head, lr=0.1, grad_scaler=scaler)
-    hidden, target = make_batch("cpu", torch.float32)
+    hidden, target = make_batch(device, torch.float32)
     before, moved = snapshot(head), []
     for _ in range(30):
         x = hidden.half().requires_grad_()
@@ -258,8 +272,8 @@ def test_grad_scaler_overflow_leaves_both_layers() -> None:
     assert not any(moved[0]) and all(moved[-1])
 
 
-def test_optimizer_state_resumes() -> None:
-    straight, first, second = (both(loss="softmax", rewire_every=3) for _ in range(3))
+def test_optimizer_state_resumes(device: str) -> None:
+    straight, first, second = (both(loss="softmax", rewire_every=3, device=device) for _ in range(3))
     train(straight, FusedAdam(straight, lr=0.05, seed=1), range(8))
     optimizer = FusedAdam(first, lr=0.05, seed=1)
     train(first, optimizer, range(4))
@@ -270,26 +284,26 @@ def test_optimizer_state_resumes() -> None:
     assert same(dict(straight.state_dict()), dict(second.state_dict()))
 
 
-def test_growth_in_fused_mode() -> None:
-    head = both(class_weight=True)
+def test_growth_in_fused_mode(device: str) -> None:
+    head = both(class_weight=True, device=device)
     optimizer = FusedAdam(head, lr=0.05)
     train(head, optimizer, range(2))
-    hidden, _ = make_batch("cpu")
+    hidden, _ = make_batch(device)
     before, frequent = head.scores(hidden), head.frequent.weight.clone()
     moments = optimizer.state[head.frequent.weight]["exp_avg"].clone()
-    head.grow(D + 5, class_weight=torch.ones(D + 5))
+    head.grow(D + 5, class_weight=torch.ones(D + 5, device=device))
     assert torch.equal(head.scores(hidden)[:, :D], before) and torch.equal(head.frequent.weight, frequent)
     assert torch.equal(optimizer.state[head.frequent.weight]["exp_avg"], moments)
     assert optimizer.state[head.weight]["exp_avg"].shape == (D + 5 - N, K) == head.weight.shape
     assert head.order.tolist() == [*ORDER.tolist(), *range(D, D + 5)]
-    loss = head(hidden, torch.arange(D - 2, D + 5)).loss
+    loss = head(hidden, torch.arange(D - 2, D + 5, device=device)).loss
     loss.backward()
     optimizer.step()
     assert not torch.equal(head.scores(hidden)[:, :D], before)
 
 
-def test_rewiring_is_of_the_sparse_part() -> None:
-    head = both()
+def test_rewiring_is_of_the_sparse_part(device: str) -> None:
+    head = both(device=device)
     optimizer = torch.optim.Adam(head.parameters(), lr=0.1)
     train(head, optimizer, range(2))
     frequent, index = head.frequent.weight.clone(), head.index.clone()
@@ -357,10 +371,10 @@ def test_files_are_shared_with_numpy(dtype: str, tmp_path: Path) -> None:
         assert all(p.requires_grad for p in back.parameters())
 
 
-def test_a_backbone_trains_through_both_layers() -> None:
-    net = Net(both(loss="softmax"))
+def test_a_backbone_trains_through_both_layers(device: str) -> None:
+    net = Net(both(loss="softmax", device=device))
     optimizers = [FusedAdam(net.head, lr=0.05), torch.optim.Adam(net.body.parameters(), lr=0.01)]
-    x, target = make_batch("cpu", rows=40)
+    x, target = make_batch(device, rows=40)
     losses = []
     for _ in range(60):
         for optimizer in optimizers:
@@ -397,10 +411,10 @@ def test_compiled_training_equals_eager(fused: bool) -> None:
     torch._dynamo.reset()
 
 
-def test_empty_batches() -> None:
-    head = both(loss="softmax")
-    hidden = torch.zeros(0, H, dtype=torch.float64, requires_grad=True)
-    loss = head(hidden, torch.zeros(0, dtype=torch.int64)).loss
+def test_empty_batches(device: str) -> None:
+    head = both(loss="softmax", device=device)
+    hidden = torch.zeros(0, H, dtype=torch.float64, requires_grad=True, device=device)
+    loss = head(hidden, torch.zeros(0, dtype=torch.int64, device=device)).loss
     loss.backward()
     assert loss.item() == 0 and bool((head.frequent.weight.grad == 0).all())
     assert head.topk(hidden, 2).classes.shape == (0, 2)
