@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable
@@ -34,6 +35,7 @@ class Machine:
         flops: rate of the products in a fused kernel by dtype of the weights, FLOP/s.
         exponentials: exponentials (or activations of the other losses) in a fused kernel, 1/s.
         bandwidth: of memory, bytes/s, reads and writes together.
+        gather_rate: rows of a wide hidden layer at random places, bytes/s; a cache mostly has them.
         memory: bytes that can be had now.
         measured: False where the figures come from a datasheet.
     """
@@ -44,6 +46,7 @@ class Machine:
     bandwidth: float
     memory: float
     measured: bool
+    gather_rate: float = math.inf
 
     def with_memory(self, memory: float | None) -> Machine:
         return self if memory is None else replace(self, memory=memory)
@@ -60,8 +63,17 @@ def machine(device: str = "cpu") -> Machine:
         raise BackendError(f"device: expected one of {', '.join(DEVICES)}, got {device!r}")
     bf16, f32, bandwidth, memory = _GPUS[device]
     flops = {"float32": _SHARE * f32, "bfloat16": _SHARE * bf16}
-    # Special function units deliver one exponential for about 16 plain operations.
-    return Machine(device.upper(), flops, _SHARE * f32 / 16, _SHARE * bandwidth, memory, measured=False)
+    # Special function units deliver one exponential for about 16 plain operations. A second-level cache gives at least
+    # twice what memory does; no datasheet says how much.
+    return Machine(
+        device.upper(),
+        flops,
+        exponentials=_SHARE * f32 / 16,
+        bandwidth=_SHARE * bandwidth,
+        memory=memory,
+        measured=False,
+        gather_rate=2 * _SHARE * bandwidth,
+    )
 
 
 def _probe_cpu() -> Machine:
@@ -74,6 +86,7 @@ def _probe_cpu() -> Machine:
         bandwidth=_bandwidth(threads),
         memory=_free_memory(),
         measured=True,
+        gather_rate=_gather_rate(),
     )
 
 
@@ -111,6 +124,33 @@ def _loss_seconds(dtype: str, batch: int, classes: int, width: int) -> float:
         )
 
     return _best_of(run)
+
+
+def _gather_rate(batch: int = 32, classes: int = 32768, features: int = 16384, fan_in: int = 32) -> float:
+    """Bytes/s of the sparse head's forward kernel, which hardly does anything but read rows of hidden."""
+    rng = np.random.default_rng(0)
+    index = np.empty((classes, fan_in), np.uint16)
+    _core.draw_index(index=index, in_features=features, seed=0)
+    hidden, weight = rng.standard_normal((batch, features), np.float32), np.ones((classes, fan_in), np.float32)
+    losses = np.empty(batch, np.float32)
+
+    def run() -> None:
+        _core.sparse_forward(
+            hidden=hidden,
+            weight=weight,
+            index=index,
+            group_size=1,
+            bias=None,
+            indptr=np.zeros(batch + 1, np.int64),
+            indices=np.zeros(0, np.int64),
+            values=None,
+            loss="squared_hinge",
+            losses=losses,
+            output=None,
+            lse=None,
+        )
+
+    return 4.0 * batch * classes * fan_in / _best_of(run)
 
 
 def _best_of(run: Callable[[], object], repeats: int = 4) -> float:

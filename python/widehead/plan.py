@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
@@ -26,6 +27,7 @@ class Job:
         optimizer: "sgd", "momentum", "adagrad" or "adam".
         negatives: classes that sampled softmax draws for a batch.
         labels: mean number of labels an example.
+        intermediate, fan_in, group_size: H, K and G of a sparse head, which takes a wide layer in place of d features.
 
     Raises:
         ShapeError: a number below 1, or a name that is not known.
@@ -39,11 +41,16 @@ class Job:
     optimizer: str = "adagrad"
     negatives: int = 512
     labels: float = 1.0
+    intermediate: int = 16384
+    fan_in: int = 32
+    group_size: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("n_classes", "in_features", "batch", "negatives"):
+        for name in ("n_classes", "in_features", "batch", "negatives", "intermediate", "fan_in", "group_size"):
             if getattr(self, name) < 1:
                 raise ShapeError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if self.fan_in > self.intermediate:
+            raise ShapeError(f"fan_in: expected at most {self.intermediate}, as intermediate is, got {self.fan_in}")
         for name, known in (("dtype", DTYPES), ("loss", LOSSES), ("optimizer", OPTIMIZERS)):
             if getattr(self, name) not in known:
                 raise ShapeError(f"{name}: expected one of {', '.join(known)}, got {getattr(self, name)!r}")
@@ -72,6 +79,8 @@ class Plan:
         exponentials: evaluations of the loss's function in a step.
         rate_dtype: whose product rate counts.
         fused: arithmetic and traffic overlap; they come one after the other where every operation stores its result.
+        gathers: bytes in a step of rows of hidden that are read or written at random places, mostly of a cache.
+        substitute: another model than a full layer, and so another quality: taken where nothing else fits.
     """
 
     head: str
@@ -84,6 +93,8 @@ class Plan:
     rate_dtype: str
     ours: bool = True
     fused: bool = True
+    gathers: float = 0.0
+    substitute: bool = False
     note: str = ""
 
     @property
@@ -94,7 +105,7 @@ class Plan:
     def seconds(self, machine: Machine) -> float:
         """Time of a step: the arithmetic or the traffic, whichever takes longer, or both where nothing is fused."""
         arithmetic = sum(t.value for t in self.flops) / machine.flops[self.rate_dtype]
-        arithmetic += self.exponentials / machine.exponentials
+        arithmetic += self.exponentials / machine.exponentials + self.gathers / machine.gather_rate
         traffic = sum(t.value for t in self.traffic) / machine.bandwidth
         return max(arithmetic, traffic) if self.fused else arithmetic + traffic
 
@@ -109,6 +120,7 @@ class Plan:
             "flops": sum(t.value for t in self.flops),
             "traffic_bytes": sum(t.value for t in self.traffic),
             "exponentials": self.exponentials,
+            "gathered_bytes": self.gathers,
             "seconds_per_step": seconds,
             "examples_per_second": batch / seconds,
             "fits": self.peak <= machine.memory,
@@ -267,6 +279,46 @@ def _dense_sampled(job: Job) -> Plan:
     )
 
 
+@register("sparse")
+def plan_sparse(job: Job) -> list[Plan]:
+    """SparseHead over a wide ReLU layer: K inputs a class."""
+    loss = job.loss if job.loss in ("bce", "squared_hinge") else "squared_hinge"
+    size, classes, k = DTYPES[job.dtype], float(job.n_classes), job.fan_in
+    per_weight, per_row = OPTIMIZERS[job.optimizer]
+    number = 2 if job.intermediate <= 65536 else 4
+    weights, index = classes * k * size, math.ceil(classes / job.group_size) * k * number
+    state = classes * (per_weight * (k + 1.0) + 2.0 * per_row)
+    hidden = 4.0 * job.batch * job.intermediate
+    pairs = job.batch * classes
+    memory = [
+        Term("weights", f"D K {size} B", weights),
+        Term("inputs of the classes", f"D / G K {number} B", index),
+        Term("bias", "D 4 B", 4.0 * classes),
+        *([Term(f"state of {job.optimizer}", "a weight, a row and their biases", state)] if state else []),
+        Term("hidden, its gradient, packed copies", "4 B H 4 B", 4 * hidden),
+        Term("tiles and partial sums", "fixed", _CPU_SCRATCH),
+    ]
+    return [
+        Plan(
+            head="SparseHead",
+            loss=loss,
+            exact=True,
+            memory=memory,
+            flops=[Term("logits, dH, dW", "3 x 2 B D K", 6 * pairs * k)],
+            traffic=[
+                Term("weights: read, and updated in cache", f"2 D K {size} B", 2 * weights),
+                Term("inputs of the classes", "read", index),
+                Term("optimiser state", "read and written", 2 * classes * (per_weight * k + per_row)),
+            ],
+            exponentials=pairs,
+            rate_dtype=job.dtype,
+            gathers=4 * pairs * k * 4 / job.group_size,
+            substitute=True,
+            note=f"K = {k} inputs of a ReLU layer of H = {job.intermediate}, G = {job.group_size}: another model",
+        )
+    ]
+
+
 @dataclass(frozen=True)
 class Advice:
     """What to take, and why; `plan` is None where nothing fits."""
@@ -282,20 +334,26 @@ _QUICK = 0.1
 
 def recommend(candidates: Iterable[Plan], machine: Machine) -> Advice:
     """The head to take: the fastest exact one that fits, unless an approximate one saves a step of over 0.1 s more than
-    three quarters of its time."""
+    three quarters of its time; another model only where none of the full ones fits."""
     ours = [plan for plan in candidates if plan.ours]
     fitting = [plan for plan in ours if plan.peak <= machine.memory]
-    if not fitting:
-        least = min(ours, key=lambda plan: plan.peak)
-        return Advice(
-            None,
-            f"nothing fits: {least.head} with {least.loss} needs {human_bytes(least.peak)}, "
-            f"{human_bytes(machine.memory)} are free; take fewer features, bfloat16 weights, or sgd or adagrad",
-        )
 
     def seconds(plan: Plan) -> float:
         return plan.seconds(machine)
 
+    full = [plan for plan in ours if not plan.substitute] or ours
+    least = min(full, key=lambda plan: plan.peak)
+    needs = f"{least.head} with {least.loss} needs {human_bytes(least.peak)}, {human_bytes(machine.memory)} are free"
+    if not fitting:
+        return Advice(None, f"nothing fits: {needs}; take fewer features, bfloat16 weights, or sgd or adagrad")
+    if all(plan.substitute for plan in fitting):
+        other = min(fitting, key=seconds)
+        return Advice(
+            other,
+            f"{needs}; this takes {human_bytes(other.peak)} and {human_seconds(seconds(other))} a step. It is another "
+            "model: compare the quality on a part of the classes",
+        )
+    fitting = [plan for plan in fitting if not plan.substitute]
     exact = min((plan for plan in fitting if plan.exact), key=seconds, default=None)
     sampled = min((plan for plan in fitting if not plan.exact), key=seconds, default=None)
     if exact is None or sampled is None:

@@ -348,13 +348,16 @@ def test_plan_json(run):
     got = json.loads(out)
     assert code == 0
     assert got["job"]["n_classes"] == 250_000 and got["job"]["optimizer"] == "adam"
-    assert [p["head"] for p in got["plans"]] == ["nn.Linear", "DenseHead"]
+    assert [p["head"] for p in got["plans"]] == ["nn.Linear", "DenseHead", "SparseHead"]
     assert got["machine"]["measured"] is False
     assert got["recommendation"]["head"] == "DenseHead" and got["recommendation"]["loss"] == "bce"
 
 
 def test_plan_where_nothing_fits(run):
-    code, out, _ = run("plan", "-D", "100M", "-d", "1024", "--device", "a100", "--memory", "24G", "--brief")
+    huge = ("plan", "-D", "100M", "-d", "1024", "--device", "a100", "--brief", "--memory")
+    code, out, _ = run(*huge, "24G")
+    assert code == 0 and "Take SparseHead with squared_hinge" in out and "another" in out
+    code, out, _ = run(*huge, "8G")
     assert code == 0
     assert "Nothing to take" in out and "not measured" in out and "2 x 2 B D d" not in out
 

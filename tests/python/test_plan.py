@@ -49,7 +49,7 @@ def test_losses_with_one_pass_cost_less():
     softmax = by_head(plan.Job(1000, 16, 8))["DenseHead", "softmax"]
     for loss in ("bce", "squared_hinge"):
         got = by_head(plan.Job(1000, 16, 8, loss=loss))
-        assert set(got) == {("nn.Linear", loss), ("DenseHead", loss)}
+        assert set(got) == {("nn.Linear", loss), ("DenseHead", loss), ("SparseHead", loss)}
         assert total(got["DenseHead", loss].flops) == total(softmax.flops) * 3 / 4
         assert total(got["DenseHead", loss].traffic) < total(softmax.traffic)
 
@@ -84,6 +84,29 @@ def test_memory_of_weights_and_state_is_what_the_head_allocates(optimizer, dtype
     assert sum(planned) == held
 
 
+@pytest.mark.parametrize("group", [1, 16])
+@pytest.mark.parametrize("optimizer", plan.OPTIMIZERS)
+@pytest.mark.parametrize("dtype", plan.DTYPES)
+def test_memory_of_a_sparse_head_is_what_it_allocates(optimizer, dtype, group):
+    numpy_heads = pytest.importorskip("widehead.numpy")
+    job = plan.Job(300, 12, 4, dtype=dtype, optimizer=optimizer, intermediate=50, fan_in=7, group_size=group)
+    head = numpy_heads.SparseHead(50, 300, 7, dtype=dtype, group_size=group)
+    head.step(np.ones((4, 50), np.float32), np.zeros(4, np.int64), 0.1, optimizer)
+    held = sum(a.nbytes for a in (head.weight, head.index, head.bias, *head._optimizer.arrays.values()))
+    terms = by_head(job)["SparseHead", "squared_hinge"].memory
+    assert sum(t.value for t in terms if "hidden" not in t.what and "tiles" not in t.what) == held
+
+
+def test_arithmetic_of_a_sparse_head_by_hand():
+    job = plan.Job(1000, 16, 8, optimizer="sgd", loss="bce", intermediate=70000, fan_in=5, group_size=8)
+    got = by_head(job)["SparseHead", "bce"]
+    assert got.peak == 1000 * 5 * 4 + 125 * 5 * 4 + 4000 + 4 * 8 * 70000 * 4 + 2**25
+    assert total(got.flops) == 3 * 2 * 8 * 1000 * 5
+    assert got.gathers == 4 * 8 * 4 * 125 * 5
+    slow = dataclasses.replace(MACHINE, gather_rate=1e6)
+    assert got.seconds(slow) - got.seconds(MACHINE) == pytest.approx(got.gathers / 1e6, rel=1e-3)
+
+
 def test_half_the_bytes_half_the_weights():
     wide, narrow = (by_head(plan.Job(10**6, 64, 32, dtype=d))["DenseHead", "softmax"] for d in ("float32", "bfloat16"))
     assert wide.memory[0].value == 2 * narrow.memory[0].value
@@ -107,6 +130,12 @@ def test_recommendations():
 
     hinge = plan.plans(plan.Job(5 * 10**6, 128, 128, loss="squared_hinge"))
     assert plan.recommend(hinge, MACHINE).plan.loss == "squared_hinge"
+    huge = plan.plans(plan.Job(10**8, 768, 32, dtype="bfloat16", optimizer="sgd", loss="squared_hinge"))
+    advice = plan.recommend(huge, MACHINE.with_memory(24 * 2**30))
+    assert advice.plan.head == "SparseHead" and "another model" in advice.reason
+    assert "DenseHead with squared_hinge needs 143.5 GiB, 24.0 GiB are free" in advice.reason
+    assert plan.recommend(huge, MACHINE.with_memory(2.0**40)).plan.head == "DenseHead"
+
     assert all(p.ours for p in (plan.recommend(c, MACHINE).plan for c in (few, many, hinge)))
 
 
@@ -139,6 +168,8 @@ def test_json_holds_the_arithmetic():
         ({"dtype": "int8"}, "dtype: expected one of float32, bfloat16, got 'int8'"),
         ({"loss": "mse"}, "loss: expected one of"),
         ({"optimizer": "lion"}, "optimizer: expected one of"),
+        ({"fan_in": 33, "intermediate": 32}, "fan_in: expected at most 32, as intermediate is, got 33"),
+        ({"group_size": 0}, "group_size: expected at least 1"),
     ],
 )
 def test_bad_jobs(change, match):
@@ -155,7 +186,7 @@ def test_machines():
     assert here.measured
     assert 1e7 < here.flops["bfloat16"] < 1e15 and 1e8 < here.flops["float32"] < 1e14
     assert 1e7 < here.exponentials < 1e13
-    assert 1e7 < here.bandwidth < 1e13
+    assert 1e7 < here.bandwidth < 1e13 and 1e7 < here.gather_rate < 1e14
     assert 2**20 < here.memory < 2**50
 
 

@@ -228,7 +228,9 @@ def test_losses_on_the_way(unit: str) -> None:
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "adagrad"])
 def test_fused_steps_are_those_of_update_rows(unit: str, optimizer: str, dtype: str) -> None:
     """The step in backward moves weights, bias and state as update_rows does with the plain gradient, bit for bit."""
-    for shape in (SHAPES[5], SHAPES[6]):
+    # Short rows go together, up to 64 columns; 8 random numbers at a time are drawn for bfloat16.
+    short = [(3, 75, 200, fan_in, group) for fan_in, group in ((1, 1), (7, 1), (8, 1), (24, 16), (33, 1), (64, 1))]
+    for shape in (SHAPES[5], SHAPES[6], *short, (3, 40, 200, 65, 1)):
         case = make(shape, dtype=dtype, device=unit)
         scale, rows = weights_of_examples(case), np.arange(shape[1])
         numbers = {"lr": 0.05, "momentum": 0.0, "eps": 1e-6, "weight_decay": 0.02, "step": 3, "seed": 9}

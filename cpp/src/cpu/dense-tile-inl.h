@@ -11,10 +11,6 @@
 
 namespace widehead::cpu::WIDEHEAD_ISA_NAME {
 
-WIDEHEAD_INLINE i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
-WIDEHEAD_INLINE i64 round_up(i64 a, i64 b) { return ceil_div(a, b) * b; }
-WIDEHEAD_INLINE i64 at_most(i64 a, i64 b) { return a < b ? a : b; }
-
 // Shapes that follow from the mode, the batch and the features.
 template <class M>
 struct Shape {

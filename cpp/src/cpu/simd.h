@@ -15,6 +15,10 @@ using i64 = int64_t;
 
 #define WIDEHEAD_INLINE inline __attribute__((always_inline))
 
+WIDEHEAD_INLINE i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
+WIDEHEAD_INLINE i64 round_up(i64 a, i64 b) { return ceil_div(a, b) * b; }
+WIDEHEAD_INLINE i64 at_most(i64 a, i64 b) { return a < b ? a : b; }
+
 template <class T>
 struct Simd;
 template <>

@@ -33,12 +33,13 @@ DenseGeometry sparse_geometry(const DenseContext& ctx) {
   g.partial_bytes = std::size_t{16} << 20;
   g.columns_bytes = size(g.padded_batch * ctx.features) * sizeof(Input<M>);
   g.grad_bytes = size(g.padded_batch * ctx.features) * sizeof(Real);
-  const std::size_t row = size(round_up(ctx.fan_in, kP)) * (2 * sizeof(Real) + sizeof(int32_t)) + 512;
+  const std::size_t row = size(round_up(ctx.fan_in, kP)) * sizeof(Real) + 512;
   const std::size_t per_class = size(4 * g.tile) * sizeof(Real) + 512;
   const std::size_t group = ctx.group_size > 1 ? groups_bytes<M>(ctx, g) : 0;
   const i64 rows = g.tile + kRowStep;  // the micro-kernel may write so many beyond
   g.forward_scratch = size(rows * kP) * sizeof(Real) + per_class + row + group;
-  g.backward_scratch = size(g.tile * g.padded_batch + kRowStep * kP) * sizeof(Real) + per_class + row + group;
+  const i64 gradients = g.tile * g.padded_batch + kRowStep * kP + g.tile * ctx.fan_in + kP;
+  g.backward_scratch = size(gradients) * sizeof(Real) + per_class + row + group;
   return g;
 }
 
@@ -75,16 +76,19 @@ class Products {
         group_gradient<M>(ctx_, t, groups_, c, panel, q.g + panel * q.tile * kP, grad_hidden, want_weight);
   }
   // dW of class c of the tile; rows: with its part of dX.
-  const Real* row(const Tile<M>& t, const SparseGradient<M>& q, i64 c, Real* grad_hidden, bool want_weight) {
+  void row(const Tile<M>& t, const SparseGradient<M>& q, i64 c, Real* grad_hidden, bool want_weight) {
     if (grouped_) {
-      if (want_weight) read_group_grad<M>(ctx_, groups_, c, row_.grad);
-      return row_.grad;
+      if (want_weight) read_group_grad<M>(ctx_, groups_, c, q.weight + c * ctx_.fan_in);
+      return;
     }
+    const bool any = any_gradient<M>(ctx_, q, c);
+    if (!any && want_weight)
+      __builtin_memset(q.weight + c * ctx_.fan_in, 0, static_cast<std::size_t>(ctx_.fan_in) * sizeof(Real));
+    if (!any) return;
     read_row<M, Index>(ctx_, t.first + c, row_);
     if (want_weight)
-      for (i64 k = 0; k < ctx_.fan_in; k += kP / 2) add_row_weight<M, Index>(ctx_, q, row_, c, k);
+      for (i64 k = 0; k < ctx_.fan_in; k += kP / 2) row_weight<M, Index>(ctx_, q, row_, c, k);
     if (grad_hidden) add_row_hidden<M, Index>(ctx_, q, row_, c, grad_hidden);
-    return row_.grad;
   }
 
  private:
@@ -126,6 +130,7 @@ void sparse_backward(const DenseContext& ctx, const DenseGeometry& geometry, Bac
   q.tile = geometry.tile;
   q.g = carve.take<Real>(geometry.tile * geometry.padded_batch + kRowStep * kP);
   q.bias = carve.take<Real>(geometry.tile);
+  q.weight = carve.take<Real>(geometry.tile * ctx.fan_in + kP);
   const bool want_bias = (task.update && ctx.bias) || task.grad_bias;
   auto* grad_hidden = static_cast<Real*>(task.grad_hidden);
   const UpdateScalars<Real> scalars = task.update ? UpdateScalars<Real>(*task.update) : UpdateScalars<Real>{};
@@ -148,13 +153,11 @@ void sparse_backward(const DenseContext& ctx, const DenseGeometry& geometry, Bac
       if (want_bias) sum_bias<M>(t, g, q.bias);
     }
     products.gradients(t, q, grad_hidden, task.want_weight);
-    for (i64 c = 0; c < t.count; ++c) {
-      const Real* grad = products.row(t, q, c, grad_hidden, task.want_weight);
-      if (task.update) {
-        update_row_as<Real>(*task.update, scalars, weight, t.first + c, grad);
-      } else if (task.want_weight) {
-        write_row<Real>(task.grad_weight, t.first + c, grad);
-      }
+    for (i64 c = 0; c < t.count; ++c) products.row(t, q, c, grad_hidden, task.want_weight);
+    if (task.update) {
+      update_rows_as<Real>(*task.update, scalars, weight, t.first, t.count, q.weight);
+    } else if (task.want_weight) {
+      for (i64 c = 0; c < t.count; ++c) write_row<Real>(task.grad_weight, t.first + c, q.weight + c * ctx.fan_in);
     }
     if (task.update && ctx.bias)
       update_bias(*task.update, AnyVector(ctx.bias, ctx.bias_dtype, ctx.classes), t.first, t.count, q.bias);
@@ -167,7 +170,7 @@ void sparse_backward(const DenseContext& ctx, const DenseGeometry& geometry, Bac
 template <class M, class Index>
 void sparse_scores(const DenseContext& ctx, i64 first, i64 end, const i64* classes, i64 n, AnyMatrix out) {
   using Real = typename M::Real;
-  const auto size = static_cast<std::size_t>(round_up(ctx.fan_in, Tile<M>::kP)) * (2 * sizeof(Real) + 4) + 512;
+  const auto size = static_cast<std::size_t>(round_up(ctx.fan_in, Tile<M>::kP)) * sizeof(Real) + 512;
   auto* h = static_cast<Real*>(__builtin_malloc(static_cast<std::size_t>(ctx.features) * sizeof(Real) + size + 64));
   Carve carve{reinterpret_cast<char*>(h + ctx.features)};
   SparseRow<M, Index> r = carve_row<M, Index>(ctx, carve);

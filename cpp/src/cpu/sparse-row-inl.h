@@ -13,21 +13,19 @@ struct SparseRow {
   const Index* inputs;             // [K]
   const typename M::Real* weight;  // [K]
   typename M::Real* wide;          // [K] room for weights that must be widened
-  typename M::Real* grad;          // [K]
 };
 
 template <class M, class Index>
 SparseRow<M, Index> carve_row(const DenseContext& ctx, Carve& carve) {
-  const i64 n = round_up(ctx.fan_in, Tile<M>::kP);
   SparseRow<M, Index> r{};
-  r.wide = carve.take<typename M::Real>(n);
-  r.grad = carve.take<typename M::Real>(n);
+  r.wide = carve.take<typename M::Real>(round_up(ctx.fan_in, Tile<M>::kP));
   return r;
 }
 
 template <class M, class Index>
 WIDEHEAD_INLINE void read_row(const DenseContext& ctx, i64 cls, SparseRow<M, Index>& r) {
-  r.inputs = static_cast<const Index*>(ctx.index) + cls / ctx.group_size * ctx.index_stride;
+  const i64 group = ctx.group_size == 1 ? cls : cls / ctx.group_size;
+  r.inputs = static_cast<const Index*>(ctx.index) + group * ctx.index_stride;
   const auto* w = static_cast<const typename M::Weight*>(ctx.weight) + cls * ctx.weight_stride;
   if constexpr (sizeof(typename M::Weight) == 2) {
     widen(w, r.wide, ctx.fan_in);
@@ -155,39 +153,70 @@ WIDEHEAD_INLINE Vec<Real> sum_each(Vec<Real>* v) {
 // What the gradient's kernel keeps for a tile.
 template <class M>
 struct SparseGradient {
-  typename M::Real* g;     // [batch panel][tile][PW]
-  typename M::Real* bias;  // [tile]
+  typename M::Real* g;       // [batch panel][tile][PW]
+  typename M::Real* bias;    // [tile]
+  typename M::Real* weight;  // [tile][K]; a row's whole vectors may reach into the next, which is written after it
   i64 tile;
 };
 
-// dW of kLanes inputs from `k` on.
-template <class M, class Index>
-WIDEHEAD_INLINE void add_row_weight(const DenseContext& ctx, const SparseGradient<M>& q, SparseRow<M, Index>& r, i64 c,
-                                    i64 k) {
+// dW of kLanes inputs. One panel is the common case and has no loop, so that the sums never leave the registers.
+template <class M, bool kOnePanel, class Index>
+WIDEHEAD_INLINE Vec<typename M::Real> sum_inputs(const DenseContext& ctx, const SparseGradient<M>& q,
+                                                 const Index* inputs, i64 c) {
   using Real = typename M::Real;
   constexpr i64 kP = Tile<M>::kP, kLanes = kP / 2;
-  const i64 count = at_most(kLanes, ctx.fan_in - k), panels = ceil_div(ctx.batch, kP);
-  const Index* inputs = r.inputs + k;
-  Vec<Real> sums[kLanes] = {};
-  for (i64 panel = 0; panel < panels; ++panel) {
-    const Real* g = q.g + (panel * q.tile + c) * kP;
-    const Vec<Real> low = load(g), high = load(g + kLanes);
-    if (!any_nonzero(low) && !any_nonzero(high)) continue;
-    const Input<M>* x = panel_inputs<M>(ctx, panel);
-    if (count == kLanes) {
+  const Real* g = q.g + c * kP;
+  const Input<M>* x = panel_inputs<M>(ctx, 0);
+  Vec<Real> low = load(g), high = load(g + kLanes), sums[kLanes];
+#pragma GCC unroll 16
+  for (i64 i = 0; i < kLanes; ++i) {
+    const Input<M>* at = x + i64{inputs[i]} * kP;
+    sums[i] = low * load_input(at) + high * load_input(at + kLanes);
+  }
+  if constexpr (!kOnePanel) {
+    for (i64 b = kP; b < ctx.batch; b += kP) {
+      g += q.tile * kP;
+      x += ctx.features * kP;
+      low = load(g);
+      high = load(g + kLanes);
+      if (!any_nonzero(low) && !any_nonzero(high)) continue;
 #pragma GCC unroll 16
       for (i64 i = 0; i < kLanes; ++i) {
         const Input<M>* at = x + i64{inputs[i]} * kP;
         sums[i] += low * load_input(at) + high * load_input(at + kLanes);
       }
-    } else {
-      for (i64 i = 0; i < count; ++i) {
-        const Input<M>* at = x + i64{inputs[i]} * kP;
-        sums[i] += low * load_input(at) + high * load_input(at + kLanes);
-      }
     }
   }
-  store(r.grad + k, sum_each<Real>(sums));
+  return sum_each<Real>(sums);
+}
+
+// dW of kLanes inputs from `k` on; past the fan-in, numbers that nobody reads.
+template <class M, class Index>
+WIDEHEAD_INLINE void row_weight(const DenseContext& ctx, const SparseGradient<M>& q, const SparseRow<M, Index>& r,
+                                i64 c, i64 k) {
+  constexpr i64 kP = Tile<M>::kP, kLanes = kP / 2;
+  const Index* inputs = r.inputs + k;
+  Index last[kLanes];
+  if (k + kLanes > ctx.fan_in) {
+    for (i64 i = 0; i < kLanes; ++i) last[i] = inputs[k + i < ctx.fan_in ? i : 0];
+    inputs = last;
+  }
+  if (ctx.batch <= kP) {
+    store(q.weight + c * ctx.fan_in + k, sum_inputs<M, true>(ctx, q, inputs, c));
+  } else {
+    store(q.weight + c * ctx.fan_in + k, sum_inputs<M, false>(ctx, q, inputs, c));
+  }
+}
+
+// Whether any example has a gradient for the class.
+template <class M>
+WIDEHEAD_INLINE bool any_gradient(const DenseContext& ctx, const SparseGradient<M>& q, i64 c) {
+  constexpr i64 kP = Tile<M>::kP, kLanes = kP / 2;
+  for (i64 panel = 0; panel < ceil_div(ctx.batch, kP); ++panel) {
+    const typename M::Real* g = q.g + (panel * q.tile + c) * kP;
+    if (any_nonzero(load(g)) || any_nonzero(load(g + kLanes))) return true;
+  }
+  return false;
 }
 
 // dX of one class with the weights from before the step. The inputs of a class are distinct, so a few rows can be loaded

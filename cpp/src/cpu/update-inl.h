@@ -43,14 +43,12 @@ void step_any(const Update& u, const UpdateScalars<Real>& s, Real* w, const Real
   step_row<Optimizer::sgd, false>(s, w, g, m, v, row_scale, n);
 }
 
-// Sixteen-bit random numbers for columns [0, 8 * lanes) past `first_block` blocks: one Philox block a lane, laid out in
-// column order. Equal to RandomStream::bits16, which the tests hold it to.
-inline void random_halves(const RandomStream& stream, uint64_t row, uint32_t first_block, uint16_t* out) {
-  constexpr int kLanes = Simd<float>::kLanes;
+// A Philox block of eight sixteen-bit random numbers a lane, for column block `block` of row `row`; laid out in the lanes'
+// order. Equal to RandomStream::bits16, which the tests hold it to.
+WIDEHEAD_INLINE void random_blocks(const RandomStream& stream, Words block, Words row_low, Words row_high,
+                                   uint16_t* out) {
   uint32_t k0 = stream.key0(), k1 = stream.key1();
-  Words c0, c1 = splat(static_cast<uint32_t>(row)), c2 = splat(static_cast<uint32_t>(row >> 32)),
-            c3 = splat(static_cast<uint32_t>(stream.step));
-  for (int i = 0; i < kLanes; ++i) c0[i] = first_block + static_cast<uint32_t>(i);
+  Words c0 = block, c1 = row_low, c2 = row_high, c3 = splat(static_cast<uint32_t>(stream.step));
   for (int round = 0; round < 10; ++round, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u) {
     Words high0, low0, high2, low2;
     multiply_wide(c0, 0xD2511F53u, high0, low0);
@@ -66,6 +64,33 @@ inline void random_halves(const RandomStream& stream, uint64_t row, uint32_t fir
   interleave(even_low, odd_low, w[0], w[1]);
   interleave(even_high, odd_high, w[2], w[3]);
   __builtin_memcpy(out, w, sizeof w);
+}
+
+// For columns [0, 8 * lanes) of a row past `first_block` blocks.
+inline void random_halves(const RandomStream& stream, uint64_t row, uint32_t first_block, uint16_t* out) {
+  Words block;
+  for (int i = 0; i < Simd<float>::kLanes; ++i) block[i] = first_block + static_cast<uint32_t>(i);
+  random_blocks(stream, block, splat(static_cast<uint32_t>(row)), splat(static_cast<uint32_t>(row >> 32)), out);
+}
+
+// For `rows` short rows, [rows][8 * blocks]; `out` has room for whole vectors of blocks.
+inline void random_rows(const RandomStream& stream, uint64_t first_row, i64 rows, i64 blocks, uint16_t* out) {
+  constexpr i64 kLanes = Simd<float>::kLanes;
+  uint64_t row = first_row;
+  uint32_t block = 0;
+  for (i64 p = 0; p < rows * blocks; p += kLanes) {
+    Words column, low, high;
+    for (int i = 0; i < kLanes; ++i) {
+      column[i] = block;
+      low[i] = static_cast<uint32_t>(row);
+      high[i] = static_cast<uint32_t>(row >> 32);
+      if (++block == static_cast<uint32_t>(blocks)) {
+        block = 0;
+        ++row;
+      }
+    }
+    random_blocks(stream, column, low, high, out + p * 8);
+  }
 }
 
 WIDEHEAD_INLINE Words stochastic_bits(Vec<float> x, Words random16) {
@@ -151,6 +176,64 @@ void update_row_as(const Update& u, const UpdateScalars<Real>& s, AnyMatrix weig
                          weight.cols);
   }
   step_any<Real>(u, s, row_of<Real>(weight, row), g, m, v, row_scale, weight.cols);
+}
+
+// Whether rows of the weights and of their state lie side by side without gaps.
+inline bool gapless(const Update& u, const AnyMatrix& weight) {
+  const auto fits = [&](const AnyMatrix& m) { return !m || m.stride == weight.cols; };
+  return fits(weight) && fits(u.first) && fits(u.second) && fits(u.compensation);
+}
+
+// As round_stochastic, of `rows` short rows at once: a row of 32 columns alone would use a quarter of a vector of blocks.
+inline void round_rows(const RandomStream& stream, uint64_t first_row, const float* x, uint16_t* out, i64 rows,
+                       i64 cols) {
+  constexpr i64 kLanes = Simd<float>::kLanes, kRows = 32, kMost = 64;
+  alignas(64) uint16_t bits[kRows * kMost + 8 * kLanes];
+  const i64 blocks = ceil_div(cols, 8), width = blocks * 8;
+  for (i64 r = 0; r < rows; r += kRows) {
+    const i64 n = at_most(rows - r, kRows);
+    random_rows(stream, first_row + static_cast<uint64_t>(r), n, blocks, bits);
+    // Without columns left over the rows are one.
+    const i64 lines = width == cols ? 1 : n, length = width == cols ? n * cols : cols;
+    for (i64 line = 0; line < lines; ++line) {
+      const float* from = x + r * cols + line * cols;
+      uint16_t *to = out + r * cols + line * cols, *random = bits + line * width;
+      i64 i = 0;
+      for (; i + kLanes <= length; i += kLanes)
+        store_halves(to + i, stochastic_bits(load(from + i), load_words(random + i)));
+      for (; i < length; ++i) to[i] = bf16_stochastic(from[i], random[i]);
+    }
+  }
+}
+
+// Rows [first, first + n) by gradients [n, cols]: short rows in one go.
+template <class Real>
+void update_rows_as(const Update& u, const UpdateScalars<Real>& s, AnyMatrix weight, i64 first, i64 n, const Real* g) {
+  constexpr i64 kShort = 64, kRows = 32;
+  const i64 cols = weight.cols;
+  if (u.optimizer == Optimizer::adagrad || !gapless(u, weight) || cols > kShort) {
+    for (i64 i = 0; i < n; ++i) update_row_as<Real>(u, s, weight, first + i, g + i * cols);
+    return;
+  }
+  Real *m = row_of<Real>(u.first, first), *v = row_of<Real>(u.second, first);
+  if (weight.dtype != Dtype::bf16) return step_any<Real>(u, s, row_of<Real>(weight, first), g, m, v, Real{0}, n * cols);
+  if constexpr (sizeof(Real) == 4) {
+    float x[kRows * kShort];
+    for (i64 r = 0; r < n; r += kRows) {
+      const i64 at = r * cols, rows = at_most(n - r, kRows), len = rows * cols;
+      uint16_t* w = row_of<uint16_t>(weight, first + r);
+      widen(w, x, len);
+      step_any<float>(u, s, x, g + at, m ? m + at : nullptr, v ? v + at : nullptr, 0.0f, len);
+      if (u.compensation) {
+        round_kahan(x, row_of<uint16_t>(u.compensation, first + r), w, len);
+      } else if (u.rounding == Rounding::stochastic) {
+        const auto row = static_cast<uint64_t>(u.first_row + first + r);
+        round_rows({u.seed, Purpose::rounding_weight, u.step}, row, x, w, rows, cols);
+      } else {
+        for (i64 i = 0; i < len; ++i) w[i] = bf16_nearest(x[i]);
+      }
+    }
+  }
 }
 
 inline void update_row(const Update& u, AnyMatrix weight, i64 row, const void* g) {

@@ -42,6 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--optimizer", choices=tuple(planning.OPTIMIZERS), default="adagrad", help="(default: adagrad)")
     parser.add_argument("--negatives", type=size, default=512, help="of sampled softmax (default: 512)")
     parser.add_argument("--labels", type=common.number(float, 0, "a number"), default=1.0, help="labels an example")
+    parser.add_argument("--intermediate", type=size, default=16384, help="layer below a sparse head (default: 16384)")
+    parser.add_argument("--fan-in", type=size, default=32, help="inputs a class of a sparse head (default: 32)")
+    parser.add_argument("--group-size", type=size, default=1, help="classes that share their inputs (default: 1)")
     parser.add_argument("--examples", type=size, help="examples of an epoch: adds its time")
     parser.add_argument("--device", choices=DEVICES, default="cpu", help="cpu is measured; GPUs by their datasheets")
     parser.add_argument("--memory", type=common.number(_bytes, 1, "bytes such as 24G"), help="instead of what is free")
@@ -60,6 +63,9 @@ def run(arguments: argparse.Namespace) -> int:
         optimizer=arguments.optimizer,
         negatives=arguments.negatives,
         labels=arguments.labels,
+        intermediate=arguments.intermediate,
+        fan_in=arguments.fan_in,
+        group_size=arguments.group_size,
     )
     place = machine(arguments.device).with_memory(arguments.memory)
     plans = planning.plans(job)
@@ -115,11 +121,7 @@ def _table(job: planning.Job, plans: list[planning.Plan], place: Machine, exampl
 
 
 def _machine_line(place: Machine, dtype: str) -> str:
-    how = (
-        "measured now"
-        if place.measured
-        else "60 % of the datasheet, not measured; widehead itself has no GPU backend yet"
-    )
+    how = "measured now" if place.measured else "60 % of the datasheet, not measured"
     return (
         f"{place.name} ({how}): {planning.human_count(place.flops[dtype])}FLOP/s in {dtype} products, "
         f"{planning.human_count(place.exponentials)}/s exponentials, {planning.human_count(place.bandwidth)}B/s, "
@@ -141,6 +143,8 @@ def _arithmetic(plan: planning.Plan) -> Table:
         for place, term in enumerate(terms):
             table.add_row("" if place else kind, term.what, f"[dim]{term.formula}[/]", unit(term.value))
     table.add_row("", "exponentials", "", planning.human_count(plan.exponentials))
+    if plan.gathers:
+        table.add_row("", "rows of hidden", "[dim]4 x 4 B D K / G[/]", planning.human_bytes(plan.gathers))
     return table
 
 
