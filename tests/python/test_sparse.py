@@ -380,6 +380,44 @@ def test_long_lists_of_a_large_cache() -> None:
 
 
 @only_gpu
+def test_bad_values_on_the_device(device: str) -> None:
+    """What no call can throw: it is recorded, its row is NaN, and a step changes nothing."""
+    update = {"optimizer": "sgd", "lr": 0.1, "rounding": "nearest"}
+    for dtype in DTYPES:
+        case = make(SHAPES[6], dtype=dtype, device=device, multi=False, loss="softmax")
+        scale, lse = np.ones(31, case.real), np.ones(31, case.real)
+        before = case.weight.copy()
+
+        def step(case: SparseCase = case, scale: Any = scale, lse: Any = lse, **more: Any) -> None:
+            incoming = {"lse": lse, "grad_losses": scale, "update": dict(update)}
+            call(_core.sparse_backward, device, **{**case.arguments(), **incoming, **more})
+
+        labels = case.target["indices"].copy()
+        labels[3] = 200
+        losses, output = (np.zeros(31, case.real) for _ in range(2))
+        arguments = {**case.arguments(), "indices": labels, "losses": losses, "output": output, "lse": lse.copy()}
+        call(_core.sparse_forward, device, check=False, **arguments)
+        assert np.flatnonzero(np.isnan(losses)).tolist() == [3]
+        with pytest.raises(_core.LabelError, match=r"label 200 at position 3"):
+            step(indices=labels)
+        hidden = case.hidden.copy()
+        hidden[5, 7] = 0x7F80 if dtype == "bfloat16" else np.inf
+        with pytest.raises(_core.NonFiniteError, match=r"hidden.*row 5"):
+            step(hidden=hidden)
+        with pytest.raises(_core.NonFiniteError, match=r"lse.*row 4"):
+            step(lse=np.where(np.arange(31) == 4, np.nan, 1).astype(case.real))
+        step(refused=np.ones(1, np.int32))  # by an earlier call
+        assert np.array_equal(case.weight, before)
+        step()
+        assert not np.array_equal(case.weight, before)
+        scores, classes = np.zeros((31, 2), case.real), np.tile([3, -1], (31, 1))
+        call(_core.sparse_scores, device, check=False, **case.layer(), classes=classes, scores=scores)
+        assert not np.isnan(scores[:, 0]).any() and np.isnan(scores[:, 1]).all()
+        with pytest.raises(_core.LabelError, match=r"classes.*-1"):
+            call(_core.sparse_scores, device, **case.layer(), classes=classes, scores=scores)
+
+
+@only_gpu
 def test_same_bits_every_time(device: str) -> None:
     for shape, dtype in (((70, 1000, 200, 32, 1), "bfloat16"), ((40, 900, 100, 20, 16), "float32")):
         case = make(shape, dtype=dtype, device=device)

@@ -5,8 +5,8 @@
 // Schultheis & Babbar, "Towards memory-efficient training for extremely large output spaces", ECML-PKDD 2023
 // (arXiv 2306.03725). With group_size G the classes of a group, G in a row, share their inputs. Classes are walked in tiles
 // that stay in cache, and a fused step updates the weights of a tile there; no matrix of logits exists. Losses, targets,
-// gradients that come in, errors and the rules of a GPU are those of dense.h. Results are the same bits for any number of
-// threads, and on a GPU every time.
+// gradients that come in, errors and the rules of a GPU are those of dense.h. Results are the same bits for any number
+// of threads, and on a GPU every time.
 #pragma once
 #include <cstdint>
 

@@ -1,4 +1,4 @@
-// dense_batch.h -- what every way through a head needs first: checked targets; for the dense one, hidden in the weights' type
+// dense_batch.h -- what every way through a head needs first: checked targets; hidden in the dense weights' type
 #pragma once
 #include "cuda/convert.h"
 #include "cuda/dense_rows.h"

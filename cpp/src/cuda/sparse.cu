@@ -1,6 +1,6 @@
 // sparse.cu -- the sparse head on CUDA: losses, gradients and steps by the walk over tiles, its factors gathered
 //
-// The logits of a tile go through memory as the dense head's do, which is one number for every fan_in that are gathered.
+// The logits of a tile go through memory as the dense head's do: one number for every fan_in that are gathered.
 #include <type_traits>
 
 #include "cuda/backend.h"
@@ -15,8 +15,8 @@ namespace {
 constexpr i64 kLargestTile = 65536, kSmallestTile = 256;
 constexpr i64 kGradientBytes = i64{128} << 20;  // at most, of a tile's dW
 
-// X' of a chunk takes about a quarter of the L2 cache, Z of a tile another, and what is listed of its index an eighth: or,
-// of groups, what they give to their inputs a quarter.
+// X' of a chunk takes about a quarter of the L2 cache, Z of a tile another, and what is listed of its index an eighth:
+// or, of groups, what they give to their inputs a quarter.
 Cut cut(const SparseLayer& layer, const Device& device) {
   const Hardware& h = hardware(device.index);
   const i64 size = layer.weight.dtype == Dtype::f64 ? 8 : 4, fan_in = at_least(1, layer.weight.cols);

@@ -56,8 +56,8 @@ __device__ inline void load_weights(W* to, const SparseWeights<W>& s, i64 c0, in
   }
 }
 
-// What a warp adds to its 16 rows: kN fragments of 8 columns, over `depth` (a multiple of 16). A lies in rows of the result,
-// or, kTurnedA, in rows of the depth; so B in rows of the result's columns, or, kTurnedB, of the depth.
+// What a warp adds to its 16 rows: kN fragments of 8 columns, over `depth` (a multiple of 16). A lies in rows of the
+// result, or, kTurnedA, of the depth; B in rows of the result's columns, or, kTurnedB, of the depth.
 template <bool kTurnedA, bool kTurnedB, int kN, class W>
 __device__ inline void multiply(float (&sum)[kN][4], const W* a, const W* b, int row, int column, int depth) {
   const int q = lane_of() / 8, r = lane_of() % 8, low = 8 * (q & 1), high = 8 * (q >> 1);

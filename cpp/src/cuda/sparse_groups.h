@@ -1,4 +1,4 @@
-// sparse_groups.h -- products of groups of classes with the same inputs: what is gathered once is a factor on tensor cores
+// sparse_groups.h -- products of groups of classes with the same inputs, gathered once, on tensor cores
 #pragma once
 #include "cuda/sparse_products.h"
 

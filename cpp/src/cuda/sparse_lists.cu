@@ -1,7 +1,7 @@
 // sparse_lists.cu -- the transposed index of a tile: entries counted, placed and sorted input by input
 //
-// Atomics give each entry a place in its input's list, in any order; then the lists, which are short, are sorted. What is
-// summed along them comes in one order only, so results are the same bits every time.
+// Atomics give each entry a place in its input's list, in any order; then the lists, which are short, are sorted. What
+// is summed along them comes in one order only, so results are the same bits every time.
 #include "cuda/intrinsics.h"
 #include "cuda/sparse_lists.h"
 
@@ -16,11 +16,12 @@ constexpr int kBlockList = 8192;  // that a block sorts in shared memory; longer
 __device__ inline i64 global_thread() { return static_cast<i64>(blockIdx.x) * blockDim.x + threadIdx.x; }
 __device__ inline i64 threads_in_grid() { return static_cast<i64>(gridDim.x) * blockDim.x; }
 
-// Leaves in counts[h] how many entries input h has; `counts` must be zero.
-__global__ void __launch_bounds__(kThreads) count_entries(SparseInputs in, i64 first, std::uint32_t n, int* counts) {
+// Leaves in counts[h], zero before, how many entries input h has, and in ranks how many of them came before each.
+__global__ void __launch_bounds__(kThreads)
+    count_entries(SparseInputs in, i64 first, std::uint32_t n, int* counts, int* ranks) {
   for (i64 i = global_thread(); i < n; i += threads_in_grid()) {
     const auto e = static_cast<std::uint32_t>(i);
-    atomicAdd(counts + in.at(first + e / in.fan_in, e % in.fan_in), 1);
+    ranks[e] = atomicAdd(counts + in.at(first + e / in.fan_in, e % in.fan_in), 1);
   }
 }
 
@@ -50,9 +51,8 @@ __global__ void __launch_bounds__(kThreads) sum_counts(const int* counts, i64 n,
   if (threadIdx.x == 0) parts[blockIdx.x] = sum;
 }
 
-// starts[h] = the sum of counts[0 .. h), h up to n.
-__global__ void __launch_bounds__(kThreads)
-    scan_counts(const int* counts, i64 n, i64 part, const int* parts, int* starts) {
+// starts[h] = the sum of counts[0 .. h), h up to n. Counts go back to zero on the way.
+__global__ void __launch_bounds__(kThreads) scan_counts(int* counts, i64 n, i64 part, const int* parts, int* starts) {
   __shared__ int warps[kWarps];
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
   int before = 0;
@@ -75,19 +75,20 @@ __global__ void __launch_bounds__(kThreads)
       if (w < warp) upto += warps[w];
       all += warps[w];
     }
-    if (i < end) starts[i] = before + upto - mine;
+    if (i < end) {
+      starts[i] = before + upto - mine;
+      counts[i] = 0;
+    }
     before += all;
   }
   if (end == n && begin < n && thread == 0) starts[n] = before;
 }
 
-// Counts go back to zero on the way.
-__global__ void __launch_bounds__(kThreads)
-    place_entries(SparseInputs in, i64 first, std::uint32_t n, const int* starts, int* counts, std::uint32_t* entries) {
+__global__ void __launch_bounds__(kThreads) place_entries(SparseInputs in, i64 first, std::uint32_t n,
+                                                          const int* starts, const int* ranks, std::uint32_t* entries) {
   for (i64 i = global_thread(); i < n; i += threads_in_grid()) {
     const auto e = static_cast<std::uint32_t>(i);
-    const int h = in.at(first + e / in.fan_in, e % in.fan_in);
-    entries[starts[h] + atomicAdd(counts + h, -1) - 1] = e;
+    entries[starts[in.at(first + e / in.fan_in, e % in.fan_in)] + ranks[e]] = e;
   }
 }
 
@@ -155,6 +156,7 @@ SparseLists::SparseLists(i64 features, i64 tile, i64 fan_in, Scratch& scratch)
       counts_(scratch.take<int>(features)),
       starts_(scratch.take<int>(features + 1)),
       parts_(scratch.take<int>(kMostParts)),
+      ranks_(scratch.take<int>(tile * fan_in)),
       entries_(scratch.take<std::uint32_t>(tile * fan_in)) {}
 
 void SparseLists::begin(const Device& device) const {
@@ -167,10 +169,10 @@ void SparseLists::build(const Device& device, const SparseInputs& inputs, i64 fi
   const i64 part = at_least(4 * kThreads, round_up(ceil_div(features_, kMostParts), kThreads));
   const auto parts = static_cast<unsigned>(ceil_div(features_, part));
   const unsigned blocks = blocks_for(n, kThreads);
-  launch(device, blocks, kThreads, 0, count_entries, inputs, first, n, counts_);
+  launch(device, blocks, kThreads, 0, count_entries, inputs, first, n, counts_, ranks_);
   launch(device, parts, kThreads, 0, sum_counts, counts_, features_, part, parts_);
   launch(device, parts, kThreads, 0, scan_counts, counts_, features_, part, parts_, starts_);
-  launch(device, blocks, kThreads, 0, place_entries, inputs, first, n, starts_, counts_, entries_);
+  launch(device, blocks, kThreads, 0, place_entries, inputs, first, n, starts_, ranks_, entries_);
   launch(device, blocks_for(features_, kWarps), kThreads, 0, sort_lists, starts_, features_, entries_);
 }
 

@@ -41,8 +41,8 @@ inline SparseInputs rows_of(SparseInputs inputs) {
   return inputs;
 }
 
-// Of input h: entries[starts[h] .. starts[h + 1]), each class * fan_in + k with the class counted from the tile's first,
-// ascending.
+// Of input h: entries[starts[h] .. starts[h + 1]), ascending, each class * fan_in + k with the class counted from the
+// tile's first.
 struct ListView {
   const int* starts;  // [features + 1]
   const std::uint32_t* entries;
@@ -65,7 +65,7 @@ class SparseLists {
 
  private:
   i64 features_ = 0;
-  int *counts_ = nullptr, *starts_ = nullptr, *parts_ = nullptr;
+  int *counts_ = nullptr, *starts_ = nullptr, *parts_ = nullptr, *ranks_ = nullptr;
   std::uint32_t* entries_ = nullptr;
 };
 

@@ -1,7 +1,7 @@
-// sparse_products.cu -- the sparse head's products: one warp a class or an input, rows of examples gathered 16 bytes a lane
+// sparse_products.cu -- the sparse head's products: a warp a class or an input, rows gathered 16 bytes a lane
 //
-// A pass of a warp takes kExamples of a row, two or more rows side by side, each by kLanes neighbouring lanes: 64 to 256
-// bytes of a row a pass, whole sectors of the L2 cache. All passes over one slice of the examples come before the next
+// A pass of a warp takes kExamples of a row, two or more rows side by side, each by kLanes neighbouring lanes: 64 to
+// 256 bytes of a row a pass, whole sectors of the L2 cache. All passes over one slice of the examples come before the next
 // slice, so what they gather from is features * kExamples numbers, which stay in the cache.
 #include "cuda/intrinsics.h"
 #include "cuda/sparse_groups.h"
@@ -34,7 +34,7 @@ struct alignas(16) Vector {
   W at[kCount];
 };
 
-// Lanes [kFirst, 2 kFirst, ...) apart add what they have of kN sums, and each keeps its share; returns which it begins with.
+// Lanes kFrom to kDownTo apart add what they have of kN sums, and each keeps its share; returns where that begins.
 template <int kN, int kFrom, int kDownTo, class Real>
 __device__ inline int add_and_share(Real (&v)[kN], int lane) {
   int first = 0, n = kN;
@@ -153,8 +153,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks<W>)
   }
 }
 
-// What entries [begin, end) of a list give for one slice of the examples; each lane ends with kLeft sums. kRows: entries
-// are rows of the slice.
+// What entries [begin, end) of a list give for one slice of the examples; each lane ends with kLeft sums. kRows:
+// entries are rows of the slice.
 template <class P, bool kRows, class W, class Real>
 __device__ inline int sum_entries(const SparseWeights<W>& s, const std::uint32_t* entries, int begin, int end,
                                   const W* slice, i64 first, Real (&sum)[P::kCount]) {

@@ -1,7 +1,7 @@
 // sparse_products.h -- the sparse head's products on a tile of classes, whose factors are gathered, on a GPU
 //
-// Everything that is gathered has the batch in its rows: X' [features, padded], G' [classes, padded], dX' [features, padded],
-// with `padded` examples, zeros behind the chunk's. One input of one class is then a few whole sectors of memory.
+// Everything that is gathered has the batch in its rows: X' [features, padded], G' [classes, padded], dX' [features,
+// padded], with `padded` examples, zeros behind the chunk's. One input of one class is then a few whole sectors of memory.
 #pragma once
 #include "cuda/convert.h"
 #include "cuda/fault.h"
@@ -25,7 +25,7 @@ struct SparseWeights {
   int padded;
 };
 
-// X' [chunks][features, padded] of hidden [rows, features], `chunk` examples a part; reports NaN and infinities if `strict`.
+// X' [chunks][features, padded] of hidden, `chunk` examples a part; reports NaN and infinities if `strict`.
 template <class W>
 void gather_hidden(const Device& device, const ConstAnyMatrix& hidden, i64 chunk, i64 padded, W* x,
                    const Report* strict);

@@ -9,9 +9,7 @@ namespace widehead::cuda {
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
-constexpr i64 kMostRows = 4096;  // of the batch at a time, so that X' stays small beside the logits
-
-i64 rows_at_a_time(const SparseLayer& layer) { return at_least(1, at_most(layer.hidden.rows, kMostRows)); }
+constexpr i64 kGatheredBytes = i64{64} << 20;  // of X' at a time, about
 
 // One warp a pair of an example and a class; hidden is read where it lies.
 template <class W>
@@ -44,6 +42,9 @@ class SparseLogitSource : public LogitSource {
   SparseLogitSource(const SparseLayer& layer, const ConstAnyVector& bias, const Device& device)
       : layer_(layer), bias_(bias), device_(device) {}
 
+  i64 most_rows() const override {
+    return at_least(64, kGatheredBytes / (at_least(1, layer_.hidden.cols) * size_of(layer_.weight.dtype)) / 64 * 64);
+  }
   void take(i64 rows, Scratch& scratch) override {
     padded_ = padded_examples(rows);
     x_ = scratch.take<W>(layer_.hidden.cols * padded_);
@@ -92,7 +93,7 @@ void logits(const SparseLogits& args, Scratch& scratch) {
   by_sparse_type(args.layer.weight.dtype, [&](auto w) {
     using Real = RealOf<decltype(w)>;
     SparseLogitSource<decltype(w)> source(args.layer, args.layer.bias, args.device);
-    const i64 each = rows_at_a_time(args.layer), rows = args.layer.hidden.rows;
+    const i64 rows = args.layer.hidden.rows, each = at_least(1, at_most(rows, source.most_rows()));
     source.take(each, scratch);
     if (!scratch.real()) return;
     for (i64 first = 0; first < rows; first += each) {

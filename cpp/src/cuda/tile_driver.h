@@ -1,7 +1,7 @@
-// tile_driver.h -- how a head walks its classes on a GPU: tiles whose logits stay in the L2 cache, the head's products on them
+// tile_driver.h -- how a head walks its classes on a GPU: by tiles whose logits stay in the L2 cache
 //
 //   forward    Z = products        then sums of exp over the tile
-//   backward   Z = products again, G = dL/dZ, the head's dX and dW, and the optimiser's step on the tile's rows of weights
+//   backward   Z = products again, G = dL/dZ, the head's dX and dW, and the optimiser's step on the tile's weights
 //
 // Everything goes to the caller's stream in order, so a tile's dX sees its weights from before their step. The call is
 // written as the dense head's: hidden [B, H], weight [D, columns], whatever the columns are to the head. A head has

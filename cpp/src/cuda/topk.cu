@@ -1,4 +1,4 @@
-// topk.cu -- the best classes of each example: logits tile by tile, the dense head's from cuBLAS, the best of them in lists
+// topk.cu -- the best classes of each example: logits tile by tile, and what is best of them kept in lists
 //
 // A tile Z [rows, tile] stays in the L2 cache. Its columns are cut into `slots` pieces, the same for all tiles, so that small
 // batches fill the card too; every (slot, row) is an item with a sorted list of its best `width`. A logit that beats the
@@ -164,14 +164,15 @@ template <class Real>
 struct Plan {
   i64 rows, tile, slots, piece, total, width, room;
 
-  explicit Plan(const DenseTopK& args) {
+  Plan(const DenseTopK& args, i64 most_rows) {
     const Hardware& card = hardware(args.device.index);
     const i64 classes = args.layer.weight.rows, cells = card.l2_bytes / 2 / static_cast<i64>(sizeof(Real));
     total = at_most(args.k, classes);
     width = at_most(total, kWidth);
     for (room = kPart; room < width; room *= 2) continue;
     const i64 list_bytes = (width + room) * static_cast<i64>(sizeof(Entry<Real>));
-    rows = at_most(at_most(args.layer.hidden.rows, kMostRows), at_most(cells / 64, kListBytes / list_bytes));
+    rows = at_most(at_most(args.layer.hidden.rows, at_most(kMostRows, most_rows)),
+                   at_most(cells / 64, kListBytes / list_bytes));
     rows = at_least(rows, 1);
     const i64 fit = at_most(cells / rows, kMostColumns), grain = fit < 256 ? 64 : 256;
     tile = at_most(at_least(fit / grain * grain, 64), round_up(classes, 64));
@@ -207,7 +208,7 @@ template <class Real>
 class TopKCall {
  public:
   TopKCall(const DenseTopK& args, LogitSource& source, Scratch& scratch)
-      : args_(args), source_(source), plan_(args), scratch_(args, plan_, scratch) {
+      : args_(args), source_(source), plan_(args, source.most_rows()), scratch_(args, plan_, scratch) {
     source.take(plan_.rows, scratch);
   }
 
@@ -286,6 +287,7 @@ class DenseLogitSource : public LogitSource {
  public:
   explicit DenseLogitSource(const DenseTopK& args) : layer_(args.layer), device_(args.device) {}
 
+  i64 most_rows() const override { return kMostRows; }
   void take(i64 rows, Scratch& scratch) override {
     workspace_ = scratch.take<char>(kCublasWorkspace);
     room_ = take_converted(scratch, layer_.hidden, rows, layer_.weight.dtype);

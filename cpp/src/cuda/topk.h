@@ -18,6 +18,7 @@ constexpr std::uint32_t kNoClass = ~std::uint32_t{0};
 class LogitSource {
  public:
   virtual ~LogitSource() = default;
+  virtual i64 most_rows() const = 0;                                       // of the batch at a time
   virtual void take(i64 rows, Scratch& scratch) = 0;                       // memory for so many examples at a time
   virtual void begin(i64 first, i64 rows) = 0;                             // tiles are of these examples from now on
   virtual void tile(i64 first, i64 count, void* z, i64 stride) const = 0;  // of these classes

@@ -66,7 +66,6 @@ class SparseHead(SparseRows):
 
     Raises:
         ShapeError, DtypeError: an option out of range or of the wrong type; fan_in larger than in_features.
-        BackendError: on use on a GPU, where this head has no kernels yet.
 
     Training in plain mode gives `weight.grad` `[D, K]` and `bias.grad` for any torch optimiser; `FusedSGD` and
     `FusedAdam` update inside backward, and their step() rewires.
