@@ -208,8 +208,10 @@ class _Level:
 
     def __init__(self, part: Int64, bounds: Int64, left: Int64, entries: _Entries, tie: Int64) -> None:
         self.part, self.bounds, self.left, self.tie = part, bounds, left, tie
-        self.rows, self.values = entries.rows, entries.values
-        self.slots, self.slot_part = entries.slots, entries.slot_part
+        self.slot_part = entries.slot_part
+        starts = np.concatenate([[0], np.cumsum(np.bincount(entries.rows, minlength=len(part)))])
+        shape = (len(part), len(self.slot_part))
+        self.vectors = sp.csr_array((entries.values, entries.slots, starts), shape=shape)
 
     def split(self) -> Int64:
         """The rows, part by part, in each those that go left first."""
@@ -245,10 +247,7 @@ class _Level:
 
     def _smooth(self, x: NDArray[np.float64]) -> NDArray[np.float64]:
         """V V' x, part by part."""
-        sums = np.bincount(self.slots, weights=self.values * x[self.rows], minlength=len(self.slot_part))
-        return np.asarray(
-            np.bincount(self.rows, weights=self.values * sums[self.slots], minlength=len(self.part)), np.float64
-        )
+        return np.asarray(self.vectors @ (self.vectors.T @ x), np.float64)
 
     def _scores(self, side: NDArray[np.bool_]) -> NDArray[np.float64]:
         """How much more each row is like the others on one side of its part than like those on the other.
@@ -258,10 +257,9 @@ class _Level:
         """
         difference, itself = np.zeros(len(self.slot_part)), np.zeros(len(self.part))
         for chosen, sign in ((side, 1.0), (~side, -1.0)):
-            sums = np.bincount(self.slots, weights=self.values * chosen[self.rows], minlength=len(self.slot_part))
+            sums = self.vectors.T @ chosen.astype(np.float64)
             squares = np.bincount(self.slot_part, weights=sums * sums, minlength=len(self.left))
             length = np.sqrt(np.where(squares > 0, squares, 1.0))
             difference += sign * sums / length[self.slot_part]
             itself += sign * chosen / length[self.part]
-        near = np.bincount(self.rows, weights=self.values * difference[self.slots], minlength=len(self.part))
-        return np.round(near - itself, 9)
+        return np.round(self.vectors @ difference - itself, 9)
