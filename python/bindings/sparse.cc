@@ -35,15 +35,17 @@ SparseLayer layer_of(Arrays& arrays, nb::handle hidden, nb::handle weight, nb::h
 }
 
 void forward(nb::handle hidden, nb::handle weight, nb::handle index, nb::handle bias, std::int64_t group_size,
-             nb::handle indptr, nb::handle indices, nb::handle values, const std::string& loss, double label_smoothing,
+             nb::handle indptr, nb::handle indices, nb::handle values, std::optional<std::int64_t> n_classes,
+             std::optional<std::int64_t> first_class, const std::string& loss, double label_smoothing,
              double lse_penalty, nb::handle class_weight, std::int64_t ignore_index, nb::handle losses,
              nb::handle output, nb::handle lse, nb::handle gpu) {
   Arrays arrays;
   SparseForward args;
   args.layer = layer_of(arrays, hidden, weight, index, bias, group_size);
   const std::int64_t classes = args.layer.weight.rows;
-  args.target = labels_of(arrays, indptr, indices, values, args.layer.hidden.rows, classes);
-  args.loss = loss_of(arrays, loss, label_smoothing, lse_penalty, 0.0, class_weight, ignore_index, classes);
+  args.target = labels_of(arrays, indptr, indices, values, args.layer.hidden.rows, classes, n_classes, first_class);
+  args.loss =
+      loss_of(arrays, loss, label_smoothing, lse_penalty, 0.0, class_weight, ignore_index, args.target.n_classes);
   args.losses = arrays.out_vector(losses, {"losses", "[batch]", kResult, true});
   args.output = arrays.out_vector(output, {"output", "[batch]", kResult, true});
   args.lse = arrays.out_vector(lse, {"lse", "[batch]", kResult, true});
@@ -54,7 +56,8 @@ void forward(nb::handle hidden, nb::handle weight, nb::handle index, nb::handle 
 }
 
 void backward(nb::handle hidden, nb::handle weight, nb::handle index, nb::handle bias, std::int64_t group_size,
-              nb::handle indptr, nb::handle indices, nb::handle values, const std::string& loss, double label_smoothing,
+              nb::handle indptr, nb::handle indices, nb::handle values, std::optional<std::int64_t> n_classes,
+              std::optional<std::int64_t> first_class, const std::string& loss, double label_smoothing,
               double lse_penalty, nb::handle class_weight, std::int64_t ignore_index, nb::handle lse,
               nb::handle grad_losses, nb::handle grad_output, nb::handle grad_lse, nb::handle grad_hidden,
               nb::handle grad_weight, nb::handle grad_bias, nb::handle update, nb::handle losses, nb::handle output,
@@ -64,8 +67,9 @@ void backward(nb::handle hidden, nb::handle weight, nb::handle index, nb::handle
   const bool fused = !update.is_none();
   args.layer = layer_of(arrays, hidden, weight, index, bias, group_size, fused);
   const std::int64_t classes = args.layer.weight.rows;
-  args.target = labels_of(arrays, indptr, indices, values, args.layer.hidden.rows, classes);
-  args.loss = loss_of(arrays, loss, label_smoothing, lse_penalty, 0.0, class_weight, ignore_index, classes);
+  args.target = labels_of(arrays, indptr, indices, values, args.layer.hidden.rows, classes, n_classes, first_class);
+  args.loss =
+      loss_of(arrays, loss, label_smoothing, lse_penalty, 0.0, class_weight, ignore_index, args.target.n_classes);
   args.lse = arrays.vector(lse, {"lse", "[batch]", kResult, true});
   args.grad_losses = arrays.vector(grad_losses, {"grad_losses", "[batch]", kResult});
   args.grad_output = arrays.vector(grad_output, {"grad_output", "[batch]", kResult, true});
@@ -210,13 +214,15 @@ nb::object move(nb::handle weight, nb::handle index, std::int64_t group_size, st
 void bind_sparse(nb::module_& m) {
   const nb::object none = nb::none();
   m.def("sparse_forward", &forward, nb::kw_only(), "hidden"_a.none(), "weight"_a.none(), "index"_a.none(),
-        "bias"_a.none(), "group_size"_a = 1, "indptr"_a.none(), "indices"_a.none(), "values"_a.none(), "loss"_a,
-        "label_smoothing"_a = 0.0, "lse_penalty"_a = 0.0, "class_weight"_a.none() = none, "ignore_index"_a = -100,
-        "losses"_a.none(), "output"_a.none(), "lse"_a.none(), "gpu"_a.none() = none);
+        "bias"_a.none(), "group_size"_a = 1, "indptr"_a.none(), "indices"_a.none(), "values"_a.none(),
+        "n_classes"_a.none() = none, "first_class"_a.none() = none, "loss"_a, "label_smoothing"_a = 0.0,
+        "lse_penalty"_a = 0.0, "class_weight"_a.none() = none, "ignore_index"_a = -100, "losses"_a.none(),
+        "output"_a.none(), "lse"_a.none(), "gpu"_a.none() = none);
   m.def("sparse_backward", &backward, nb::kw_only(), "hidden"_a.none(), "weight"_a.none(), "index"_a.none(),
-        "bias"_a.none(), "group_size"_a = 1, "indptr"_a.none(), "indices"_a.none(), "values"_a.none(), "loss"_a,
-        "label_smoothing"_a = 0.0, "lse_penalty"_a = 0.0, "class_weight"_a.none() = none, "ignore_index"_a = -100,
-        "lse"_a.none(), "grad_losses"_a.none(), "grad_output"_a.none() = none, "grad_lse"_a.none() = none,
+        "bias"_a.none(), "group_size"_a = 1, "indptr"_a.none(), "indices"_a.none(), "values"_a.none(),
+        "n_classes"_a.none() = none, "first_class"_a.none() = none, "loss"_a, "label_smoothing"_a = 0.0,
+        "lse_penalty"_a = 0.0, "class_weight"_a.none() = none, "ignore_index"_a = -100, "lse"_a.none(),
+        "grad_losses"_a.none(), "grad_output"_a.none() = none, "grad_lse"_a.none() = none,
         "grad_hidden"_a.none() = none, "grad_weight"_a.none() = none, "grad_bias"_a.none() = none,
         "update"_a.none() = none, "losses"_a.none() = none, "output"_a.none() = none, "gpu"_a.none() = none);
   m.def("sparse_logits", &logits, nb::kw_only(), "hidden"_a.none(), "weight"_a.none(), "index"_a.none(),

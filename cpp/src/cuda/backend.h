@@ -3,6 +3,7 @@
 #include <string>
 
 #include "widehead/dense.h"
+#include "widehead/ranges.h"
 #include "widehead/rewire.h"
 #include "widehead/rows.h"
 #include "widehead/sampling.h"
@@ -21,6 +22,8 @@ std::int64_t scratch_bytes(const DenseBackward& args);
 std::int64_t scratch_bytes(const DenseLogits& args);
 std::int64_t scratch_bytes(const DenseScores& args);
 std::int64_t scratch_bytes(const DenseTopK& args);
+void join_softmax(const JoinSoftmax& args);
+std::int64_t scratch_bytes(const JoinSoftmax& args);
 
 void sparse_forward(const SparseForward& args);
 void sparse_backward(const SparseBackward& args);

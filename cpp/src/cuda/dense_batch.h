@@ -8,8 +8,8 @@ namespace widehead::cuda {
 // Checked targets, and the flag that refuses the call.
 class BatchTargets {
  public:
-  BatchTargets(i64 rows, i64 classes, const LossOptions& loss, const Device& device, Scratch& scratch)
-      : targets(scratch.take<RowTargets>(rows)), classes_(classes), loss_(loss), device_(device) {
+  BatchTargets(i64 rows, const LossOptions& loss, const Device& device, Scratch& scratch)
+      : targets(scratch.take<RowTargets>(rows)), loss_(loss), device_(device) {
     refused_ = scratch.take<std::int32_t>(1);
     if (loss.label_smoothing > 0) {
       weight_sum = scratch.take<double>(1);
@@ -21,7 +21,7 @@ class BatchTargets {
     if (!device_.refused)
       WIDEHEAD_CUDA_CHECK(cudaMemsetAsync(refused_, 0, sizeof *refused_, static_cast<cudaStream_t>(device_.stream)));
     prepare_targets(device_, target, loss_, report(), targets);
-    if (weight_sum) sum_class_weights(device_, loss_.class_weight, classes_, parts_, weight_sum);
+    if (weight_sum) sum_class_weights(device_, loss_.class_weight, target.n_classes, parts_, weight_sum);
   }
 
   Report report() const { return {device_.faults, device_.refused ? device_.refused : refused_}; }
@@ -30,7 +30,6 @@ class BatchTargets {
   double* weight_sum = nullptr;  // with label smoothing
 
  private:
-  i64 classes_;
   const LossOptions& loss_;
   const Device& device_;
   std::int32_t* refused_ = nullptr;
@@ -70,7 +69,7 @@ template <class W>
 class Batch : public BatchTargets, public Factors<W> {
  public:
   Batch(const DenseLayer& layer, const LossOptions& loss, const Device& device, Scratch& scratch)
-      : BatchTargets(layer.hidden.rows, layer.weight.rows, loss, device, scratch), Factors<W>(layer, device, scratch) {}
+      : BatchTargets(layer.hidden.rows, loss, device, scratch), Factors<W>(layer, device, scratch) {}
 
   void begin(const Labels& target) {
     BatchTargets::begin(target);

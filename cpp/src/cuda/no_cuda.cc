@@ -21,6 +21,8 @@ std::int64_t scratch_bytes(const DenseBackward&) { refuse(); }
 std::int64_t scratch_bytes(const DenseLogits&) { refuse(); }
 std::int64_t scratch_bytes(const DenseScores&) { refuse(); }
 std::int64_t scratch_bytes(const DenseTopK&) { refuse(); }
+void join_softmax(const JoinSoftmax&) { refuse(); }
+std::int64_t scratch_bytes(const JoinSoftmax&) { refuse(); }
 void sparse_forward(const SparseForward&) { refuse(); }
 void sparse_backward(const SparseBackward&) { refuse(); }
 void sparse_logits(const SparseLogits&) { refuse(); }

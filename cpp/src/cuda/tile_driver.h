@@ -44,7 +44,7 @@ class Tiles {
 
   Tiles(const DenseLayer& layer, const Labels& target, const LossOptions& loss, const Device& device, Head& head,
         Scratch& scratch)
-      : batch(layer.hidden.rows, layer.weight.rows, loss, device, scratch),
+      : batch(layer.hidden.rows, loss, device, scratch),
         problem(layer, target, loss),
         cuts(head.cuts),
         layer_(layer),
@@ -101,7 +101,7 @@ class ForwardCall {
                                            tiles_.batch.targets, tiles_.z, sums_);
                 },
                 [](const TilePlace&) {});
-    finish_losses(args_.device, args_.loss, batch, args_.layer.weight.rows, tiles_.batch.targets,
+    finish_losses(args_.device, args_.loss, batch, args_.target.n_classes, tiles_.batch.targets,
                   tiles_.batch.weight_sum, sums_, tiles_.cuts.pieces.slots, args_.losses, args_.output, args_.lse);
   }
 
@@ -162,7 +162,7 @@ class BackwardCall {
     tiles_.walk([&](const TilePlace& place) { head_.begin_tile(place); }, [&](const TilePlace& place) { chunk(place); },
                 [&](const TilePlace& place) { finish_tile(place); });
     if (sums_)
-      finish_losses(args_.device, args_.loss, batch, args_.layer.weight.rows, tiles_.batch.targets,
+      finish_losses(args_.device, args_.loss, batch, args_.target.n_classes, tiles_.batch.targets,
                     tiles_.batch.weight_sum, sums_, tiles_.cuts.pieces.slots, args_.losses, args_.output, AnyVector{});
     if (args_.grad_hidden) head_.finish();
   }
