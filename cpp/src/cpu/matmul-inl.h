@@ -97,6 +97,21 @@ WIDEHEAD_INLINE void write_panel(const Real* panel, i64 rows, i64 cols, i64 diag
   }
 }
 
+// Terms [k, k + depth) of the rows and columns of a block.
+template <Order kOrder, class Real>
+void pack_operands(const Product<Real>& p, i64 row, i64 rows, i64 col, i64 cols, i64 k, i64 depth, Real* a, Real* b) {
+  if (kOrder == Order::columns) {
+    pack_across(p.a + k * p.a_stride + row, p.a_stride, depth, rows, a);
+  } else {
+    pack_along(p.a + row * p.a_stride + k, p.a_stride, depth, rows, round_up(rows, kRowStep), a);
+  }
+  if (p.b_transposed) {
+    pack_transposed(p.b + col * p.b_stride + k, p.b_stride, depth, cols, b);
+  } else {
+    pack_across(p.b + k * p.b_stride + col, p.b_stride, depth, cols, b);
+  }
+}
+
 template <class M, Order kOrder>
 void product_block_as(const Product<typename M::Real>& p, const ProductBlock& block, typename M::Real* scratch) {
   using Real = typename M::Real;
@@ -113,28 +128,21 @@ void product_block_as(const Product<typename M::Real>& p, const ProductBlock& bl
   i64 k = 0;
   do {
     const i64 depth = at_most(block.depth, p.k - k);
-    if (depth == 0) {
-      // The operands may be null.
-    } else if (kOrder == Order::columns) {
-      pack_across(p.a + k * p.a_stride + row, p.a_stride, depth, rows, a);
-    } else {
-      pack_along(p.a + row * p.a_stride + k, p.a_stride, depth, rows, padded, a);
-    }
-    if (depth == 0) {
-    } else if (p.b_transposed) {
-      pack_transposed(p.b + col * p.b_stride + k, p.b_stride, depth, cols, b);
-    } else {
-      pack_across(p.b + k * p.b_stride + col, p.b_stride, depth, cols, b);
-    }
+    if (depth > 0) pack_operands<kOrder>(p, row, rows, col, cols, k, depth, a, b);
     const Real beta = k == 0 ? p.beta : Real{1};
     for (i64 j = 0; j < cols; j += kP) {
       const i64 width = at_most(kP, cols - j), above = col + j - row;  // rows of the block above the diagonal
       for (i64 i = p.lower && above > 0 ? above / kGroup * kGroup : 0; i < rows; i += kGroup) {
         const i64 count = at_most(kGroup, rows - i);
+        Real* c = p.c + (row + i) * p.c_stride + col + j;
+        // On their way while the product runs: else the writing waits for lines of C that are in no near cache.
+        for (i64 r = 0; r < count; ++r) {
+          __builtin_prefetch(c + r * p.c_stride, 1);
+          __builtin_prefetch(c + r * p.c_stride + kP / 2, 1);
+        }
         gemm_panel<M, kOrder>(a + i * (kOrder == Order::columns ? depth : kP), padded * kP, round_up(count, kRowStep),
                               b + j * depth, depth, group, false, width > kP / 2 ? 2 : 1, none);
-        write_panel(group, count, width, p.lower ? i - above + 1 : kP, p.alpha, beta,
-                    p.c + (row + i) * p.c_stride + col + j, p.c_stride);
+        write_panel(group, count, width, p.lower ? i - above + 1 : kP, p.alpha, beta, c, p.c_stride);
       }
     }
     k += depth;

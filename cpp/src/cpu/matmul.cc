@@ -13,9 +13,9 @@ namespace {
 
 // A panel of B, depth times two vectors, lies in the first-level cache; a block of A, rows times depth, in the second.
 constexpr i64 kDepth = 256;
-constexpr i64 kRowBytes = 960, kColBytes = 2048;  // largest block of C: 240 x 512 in float32
-constexpr i64 kRowUnit = 24, kColUnit = 32;       // blocks begin at multiples: whole tiles of the kernels in every unit
-constexpr i64 kTaskWork = i64{1} << 20;           // multiply-adds that are worth a task: 15 us or more
+constexpr i64 kRowBytes = 1920, kColBytes = 2048;  // largest block of C: 480 x 512 in float32
+constexpr i64 kRowUnit = 24, kColUnit = 32;  // blocks begin at multiples: whole tiles of the kernels in every unit
+constexpr i64 kTaskWork = i64{1} << 20;      // multiply-adds that are worth a task: 10 us or more
 
 i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
 i64 round_up(i64 a, i64 b) { return ceil_div(a, b) * b; }
@@ -23,7 +23,7 @@ i64 round_up(i64 a, i64 b) { return ceil_div(a, b) * b; }
 struct Grid {
   i64 rows, cols;  // of a block
 
-  // The cut of k must depend on nothing but k, and the columns on the unit, for the bits to be those of any grid.
+  // Any grid gives the same bits: how k is cut depends on k alone, and a block begins where a panel of any unit does.
   Grid(i64 m, i64 n, i64 k, i64 size, bool lower) {
     i64 down = ceil_div(m, kRowBytes / size), across = ceil_div(n, kColBytes / size);
     const auto cut = [&] {
