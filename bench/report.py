@@ -14,6 +14,7 @@ from typing import Any
 
 from common import read, table
 from gpu_report import gpu_tables, sparse_gpu_tables
+from sparse_report import sparse_section
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -128,6 +129,8 @@ def main() -> None:
     if not args.gpu and (places := read("places")):
         texts["demo-table"] = places_table(places)
         places_figure(places, ROOT / "docs" / "places.svg")
+    if not args.gpu and (sparse := read("sparse")):
+        texts["sparse-table"] = sparse_section(sparse, read("sparse_scale"), conditions(sparse["machine"]))
     if (gpu := read("dense_gpu")) and gpu["cells"]:
         texts["gpu-table"] = gpu_tables(gpu, read("dense_gpu_headline"))
     if (gpu := read("sparse_gpu")) and gpu["cells"]:
