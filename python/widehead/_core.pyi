@@ -36,9 +36,9 @@ LABEL_RANGE: int
 
 # Throws what the five numbers of a record in `faults`, copied back from the device, say; nothing for zeros.
 def raise_fault(record: list[int]) -> None: ...
+
 # The file of cuBLAS, for when neither the process nor the loader has one.
 def set_cublas_path(path: str) -> None: ...
-
 def set_num_threads(n: int) -> None: ...
 def get_num_threads() -> int: ...
 def set_isa(name: str) -> None: ...
@@ -47,12 +47,26 @@ def supported_isas() -> list[str]: ...
 
 # Targets: indptr None means one class an example. loss: "softmax" | "bce" | "squared_hinge".
 def dense_forward(
-    *, hidden: Array, weight: Array, bias: Array | None, offset: Array | None = None,
-    indptr: Array | None, indices: Array, values: Array | None, n_classes: int | None = None,
-    loss: str, label_smoothing: float = 0.0, lse_penalty: float = 0.0, softcap: float = 0.0,
-    class_weight: Array | None = None, ignore_index: int = -100,
-    losses: Array | None, output: Array | None, lse: Array | None,
-    tf32: bool = False, gpu: Gpu | None = None,
+    *,
+    hidden: Array,
+    weight: Array,
+    bias: Array | None,
+    offset: Array | None = None,
+    indptr: Array | None,
+    indices: Array,
+    values: Array | None,
+    n_classes: int | None = None,
+    loss: str,
+    label_smoothing: float = 0.0,
+    lse_penalty: float = 0.0,
+    softcap: float = 0.0,
+    class_weight: Array | None = None,
+    ignore_index: int = -100,
+    losses: Array | None,
+    output: Array | None,
+    lse: Array | None,
+    tf32: bool = False,
+    gpu: Gpu | None = None,
 ) -> None: ...
 
 # update: None, or a dict with optimizer ("sgd" | "adam" | "adagrad"), rounding ("nearest" | "stochastic" | "kahan"),
@@ -61,48 +75,105 @@ def dense_forward(
 # far) take the place of lr and step. Returns the number of tiles skipped by the gradient filter; on a GPU the number is
 # added to `filtered`, int64 [1].
 def dense_backward(
-    *, hidden: Array, weight: Array, bias: Array | None, offset: Array | None = None,
-    indptr: Array | None, indices: Array, values: Array | None,
-    loss: str, label_smoothing: float = 0.0, lse_penalty: float = 0.0, softcap: float = 0.0,
-    class_weight: Array | None = None, ignore_index: int = -100,
-    lse: Array | None, grad_losses: Array, grad_output: Array | None = None, grad_lse: Array | None = None,
-    grad_hidden: Array | None = None, grad_weight: Array | None = None, grad_bias: Array | None = None,
+    *,
+    hidden: Array,
+    weight: Array,
+    bias: Array | None,
+    offset: Array | None = None,
+    indptr: Array | None,
+    indices: Array,
+    values: Array | None,
+    loss: str,
+    label_smoothing: float = 0.0,
+    lse_penalty: float = 0.0,
+    softcap: float = 0.0,
+    class_weight: Array | None = None,
+    ignore_index: int = -100,
+    lse: Array | None,
+    grad_losses: Array,
+    grad_output: Array | None = None,
+    grad_lse: Array | None = None,
+    grad_hidden: Array | None = None,
+    grad_weight: Array | None = None,
+    grad_bias: Array | None = None,
     update: dict[str, Any] | None = None,
-    losses: Array | None = None, output: Array | None = None,
-    filter_eps: float = 0.0, filtered: Array | None = None, tf32: bool = False, gpu: Gpu | None = None,
+    losses: Array | None = None,
+    output: Array | None = None,
+    filter_eps: float = 0.0,
+    filtered: Array | None = None,
+    tf32: bool = False,
+    gpu: Gpu | None = None,
 ) -> int: ...
-
 def dense_logits(
-    *, hidden: Array, weight: Array, bias: Array | None, offset: Array | None = None, softcap: float = 0.0,
-    logits: Array, gpu: Gpu | None = None,
+    *,
+    hidden: Array,
+    weight: Array,
+    bias: Array | None,
+    offset: Array | None = None,
+    softcap: float = 0.0,
+    logits: Array,
+    gpu: Gpu | None = None,
 ) -> None: ...
 def dense_scores(
-    *, hidden: Array, weight: Array, bias: Array | None, softcap: float = 0.0, classes: Array, scores: Array,
+    *,
+    hidden: Array,
+    weight: Array,
+    bias: Array | None,
+    softcap: float = 0.0,
+    classes: Array,
+    scores: Array,
     gpu: Gpu | None = None,
 ) -> None: ...
 def dense_topk(
-    *, hidden: Array, weight: Array, bias: Array | None, offset: Array | None = None, softcap: float = 0.0, k: int,
-    exclude_indptr: Array | None = None, exclude_indices: Array | None = None,
-    scores: Array, classes: Array, lse: Array | None = None, gpu: Gpu | None = None,
+    *,
+    hidden: Array,
+    weight: Array,
+    bias: Array | None,
+    offset: Array | None = None,
+    softcap: float = 0.0,
+    k: int,
+    exclude_indptr: Array | None = None,
+    exclude_indices: Array | None = None,
+    scores: Array,
+    classes: Array,
+    lse: Array | None = None,
+    gpu: Gpu | None = None,
 ) -> None: ...
 
 # Row updates of a weight matrix from row gradients: rows[i] of weight gets the step with grad[i]. Rows are distinct; on
 # a GPU they ascend, and rows of -1, which come last, are passed over (gather_rows gives zeros for them).
 def update_rows(
-    *, weight: Array, rows: Array, grad: Array, bias: Array | None = None, grad_bias: Array | None = None,
-    update: dict[str, Any], gpu: Gpu | None = None,
+    *,
+    weight: Array,
+    rows: Array,
+    grad: Array,
+    bias: Array | None = None,
+    grad_bias: Array | None = None,
+    update: dict[str, Any],
+    gpu: Gpu | None = None,
 ) -> None: ...
+
 # out[i] = weight[rows[i]] (same dtype); bias likewise.
 def gather_rows(*, weight: Array, rows: Array, out: Array, gpu: Gpu | None = None) -> None: ...
 
 # Shared negatives of sampled softmax: n draws with replacement keyed by (seed, step). Fills `draws` [n] int64.
 # proposal: "uniform" | "log_uniform" | "alias" (with the alias table's arrays threshold [D] float32, alias [D] int64).
 def sample_classes(
-    *, draws: Array, n_classes: int, proposal: str, threshold: Array | None = None, alias: Array | None = None,
-    seed: int, step: int, device_seed: Array | None = None, gpu: Gpu | None = None,
+    *,
+    draws: Array,
+    n_classes: int,
+    proposal: str,
+    threshold: Array | None = None,
+    alias: Array | None = None,
+    seed: int,
+    step: int,
+    device_seed: Array | None = None,
+    gpu: Gpu | None = None,
 ) -> None: ...
+
 # Walker's table of the distribution weight / sum(weight): weight [D] float64, finite and positive -> threshold, alias.
 def alias_table(*, weight: Array, threshold: Array, alias: Array) -> None: ...
+
 # Fills `out` [rows, cols] with uniform numbers in [low, high) keyed by (seed, row): the initial weights, the same on
 # every shard.
 def init_uniform(
@@ -116,9 +187,19 @@ def philox(*, counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple
 Strings = tuple[Array, Array]
 
 def ngrams(
-    *, text: Strings, romanised: Strings | None, n_features: int, min_n: int, max_n: int, words: bool,
-    whole_words: bool, separate: bool, binary: bool, norm: str,
+    *,
+    text: Strings,
+    romanised: Strings | None,
+    n_features: int,
+    min_n: int,
+    max_n: int,
+    words: bool,
+    whole_words: bool,
+    separate: bool,
+    binary: bool,
+    norm: str,
 ) -> tuple[Array, Array, Array]: ...  # indptr int64, indices int32, values float32
+
 # String c of the table replaces code point c; code points past it stay.
 def transliterate(*, text: Strings, table: Strings) -> Strings: ...
 def typos(*, text: Strings, rate: float, second: float, seed: int, step: int, first_row: int) -> Strings: ...
@@ -126,46 +207,115 @@ def typos(*, text: Strings, rate: float, second: float, seed: int, step: int, fi
 # Embedding bag: out[b] = sum_j values[j] table[indices[j]], or that scaled to length `scale`. `norms`, and `out` of the
 # step, serve `normalise` only.
 def bag_forward(
-    *, indptr: Array, indices: Array, values: Array | None, table: Array, normalise: bool, scale: float, out: Array,
+    *,
+    indptr: Array,
+    indices: Array,
+    values: Array | None,
+    table: Array,
+    normalise: bool,
+    scale: float,
+    out: Array,
     norms: Array | None = None,
 ) -> None: ...
 def bag_step(
-    *, indptr: Array, indices: Array, values: Array | None, table: Array, normalise: bool, scale: float,
-    out: Array | None = None, norms: Array | None = None, grad: Array, update: dict[str, Any],
+    *,
+    indptr: Array,
+    indices: Array,
+    values: Array | None,
+    table: Array,
+    normalise: bool,
+    scale: float,
+    out: Array | None = None,
+    norms: Array | None = None,
+    grad: Array,
+    update: dict[str, Any],
 ) -> None: ...
 
 # The sparse head. index [ceil(n_classes / group_size), fan_in], uint16 or int32, distinct and ascending in a row (as
 # draw_index makes it; check_index says so of one that comes from outside); weight, grad_weight and the state arrays of
 # an update are [n_classes, fan_in]; hidden [batch, in_features]. Everything else as in the dense head's functions.
 def sparse_forward(
-    *, hidden: Array, weight: Array, index: Array, bias: Array | None, group_size: int = 1,
-    indptr: Array | None, indices: Array, values: Array | None,
-    loss: str, label_smoothing: float = 0.0, lse_penalty: float = 0.0,
-    class_weight: Array | None = None, ignore_index: int = -100,
-    losses: Array | None, output: Array | None, lse: Array | None, gpu: Gpu | None = None,
+    *,
+    hidden: Array,
+    weight: Array,
+    index: Array,
+    bias: Array | None,
+    group_size: int = 1,
+    indptr: Array | None,
+    indices: Array,
+    values: Array | None,
+    loss: str,
+    label_smoothing: float = 0.0,
+    lse_penalty: float = 0.0,
+    class_weight: Array | None = None,
+    ignore_index: int = -100,
+    losses: Array | None,
+    output: Array | None,
+    lse: Array | None,
+    gpu: Gpu | None = None,
 ) -> None: ...
 def sparse_backward(
-    *, hidden: Array, weight: Array, index: Array, bias: Array | None, group_size: int = 1,
-    indptr: Array | None, indices: Array, values: Array | None,
-    loss: str, label_smoothing: float = 0.0, lse_penalty: float = 0.0,
-    class_weight: Array | None = None, ignore_index: int = -100,
-    lse: Array | None, grad_losses: Array, grad_output: Array | None = None, grad_lse: Array | None = None,
-    grad_hidden: Array | None = None, grad_weight: Array | None = None, grad_bias: Array | None = None,
-    update: dict[str, Any] | None = None, losses: Array | None = None, output: Array | None = None,
+    *,
+    hidden: Array,
+    weight: Array,
+    index: Array,
+    bias: Array | None,
+    group_size: int = 1,
+    indptr: Array | None,
+    indices: Array,
+    values: Array | None,
+    loss: str,
+    label_smoothing: float = 0.0,
+    lse_penalty: float = 0.0,
+    class_weight: Array | None = None,
+    ignore_index: int = -100,
+    lse: Array | None,
+    grad_losses: Array,
+    grad_output: Array | None = None,
+    grad_lse: Array | None = None,
+    grad_hidden: Array | None = None,
+    grad_weight: Array | None = None,
+    grad_bias: Array | None = None,
+    update: dict[str, Any] | None = None,
+    losses: Array | None = None,
+    output: Array | None = None,
     gpu: Gpu | None = None,
 ) -> None: ...
 def sparse_logits(
-    *, hidden: Array, weight: Array, index: Array, bias: Array | None, group_size: int = 1, logits: Array,
+    *,
+    hidden: Array,
+    weight: Array,
+    index: Array,
+    bias: Array | None,
+    group_size: int = 1,
+    logits: Array,
     gpu: Gpu | None = None,
 ) -> None: ...
 def sparse_scores(
-    *, hidden: Array, weight: Array, index: Array, bias: Array | None, group_size: int = 1, classes: Array,
-    scores: Array, gpu: Gpu | None = None,
+    *,
+    hidden: Array,
+    weight: Array,
+    index: Array,
+    bias: Array | None,
+    group_size: int = 1,
+    classes: Array,
+    scores: Array,
+    gpu: Gpu | None = None,
 ) -> None: ...
 def sparse_topk(
-    *, hidden: Array, weight: Array, index: Array, bias: Array | None, group_size: int = 1, k: int,
-    exclude_indptr: Array | None = None, exclude_indices: Array | None = None,
-    scores: Array, classes: Array, lse: Array | None = None, gpu: Gpu | None = None,
+    *,
+    hidden: Array,
+    weight: Array,
+    index: Array,
+    bias: Array | None,
+    group_size: int = 1,
+    k: int,
+    exclude_indptr: Array | None = None,
+    exclude_indices: Array | None = None,
+    scores: Array,
+    classes: Array,
+    lse: Array | None = None,
+    gpu: Gpu | None = None,
 ) -> None: ...
 def draw_index(*, index: Array, in_features: int, seed: int, first_row: int = 0) -> None: ...
 def check_index(*, index: Array, in_features: int) -> None: ...
@@ -173,8 +323,19 @@ def check_index(*, index: Array, in_features: int) -> None: ...
 # Moves the weakest connections to other inputs; weight, index and the state arrays change in place. mode:
 # "magnitude_global" | "magnitude_row" | "threshold". Returns how many moved.
 def rewire(
-    *, weight: Array, index: Array, group_size: int = 1, in_features: int,
-    first: Array | None = None, second: Array | None = None, compensation: Array | None = None,
-    mode: str = "magnitude_global", fraction: float = 0.1, threshold: float = 0.0, keep_value: bool = False,
-    seed: int, step: int, first_row: int = 0,
+    *,
+    weight: Array,
+    index: Array,
+    group_size: int = 1,
+    in_features: int,
+    first: Array | None = None,
+    second: Array | None = None,
+    compensation: Array | None = None,
+    mode: str = "magnitude_global",
+    fraction: float = 0.1,
+    threshold: float = 0.0,
+    keep_value: bool = False,
+    seed: int,
+    step: int,
+    first_row: int = 0,
 ) -> int: ...
