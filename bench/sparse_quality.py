@@ -32,7 +32,7 @@ TUNED_BY = "P@3"
 
 # What the runs of a set share: `tuning` is the number of epochs of the grid's runs, `epochs` that of the final ones.
 SETS: dict[str, dict[str, Any]] = {
-    "debdeps": {"tuning": 3, "epochs": 6, "batch_size": 128, "rewire_every": 100},
+    "debdeps": {"tuning": 3, "epochs": 5, "batch_size": 128, "rewire_every": 100},
     "bibtex": {"tuning": 10, "epochs": 20, "batch_size": 32, "rewire_every": 100},
 }
 SHARED = {"loss": "squared_hinge", "optimizer": "adam", "schedule": "linear", "seed": 0}
@@ -46,10 +46,31 @@ def dense(width: int) -> dict[str, Any]:
     return {"head": "dense", "intermediate": width}
 
 
-# Method -> grid of settings, over those above. `like` takes the settings that another method's tuning has found, where
-# a grid of its own would cost more than it could tell.
-GRIDS: dict[str, list[dict[str, Any]]] = {}
-LIKE: dict[str, tuple[str, dict[str, Any]]] = {}
+# Method -> grid of settings, over those above.
+GRIDS: dict[str, list[dict[str, Any]]] = {
+    "dense": [
+        *({**dense(256), "lr": 3e-3, "dropout": share} for share in (0.0, 0.1)),
+        {**dense(256), "lr": 6e-3, "dropout": 0.0},
+        *({**dense(512), "lr": lr, "dropout": 0.0} for lr in (1e-3, 3e-3)),
+    ],
+    "sparse 32 of 4096": [
+        *({**sparse(4096, 32), "lr": 3e-3, "dropout": share} for share in (0.0, 0.1, 0.3)),
+        *({**sparse(4096, 32), "lr": lr, "dropout": 0.0} for lr in (1e-3, 6e-3)),
+    ],
+    "sparse direct": [{**sparse(d, 32), "lr": lr, "dropout": 0.0} for d in (256, 512) for lr in (3e-3, 1e-2)],
+    "bottleneck 64": [{**dense(64), "lr": lr, "dropout": 0.0} for lr in (3e-3, 1e-2)],
+}
+
+# Methods that take the settings which another one's tuning has found, and change something.
+LIKE: dict[str, tuple[str, dict[str, Any]]] = {
+    "sparse 64 of 4096": ("sparse 32 of 4096", sparse(4096, 64)),
+    "sparse 16 of 4096": ("sparse 32 of 4096", sparse(4096, 16)),
+    "sparse 32 of 4096, groups of 16": ("sparse 32 of 4096", sparse(4096, 32, 16)),
+    "sparse 32 of 4096, no ReLU": ("sparse 32 of 4096", {"intermediate": None, "dim": 4096, "normalise": False}),
+    "sparse 64 of 4096, groups of 16": ("sparse 32 of 4096", sparse(4096, 64, 16)),
+    "sparse 16 of 4096, groups of 16": ("sparse 32 of 4096", sparse(4096, 16, 16)),
+    "sparse 64 of 16384": ("sparse 32 of 4096", sparse(16384, 64)),
+}
 
 PEERS: dict[str, tuple[str, dict[str, Any]]] = {
     "Omikuji": ("omikuji", {}),
