@@ -56,6 +56,9 @@ GRIDS: dict[str, list[dict[str, Any]]] = {
         *({**sparse(4096, 32), "lr": 3e-3, "dropout": share} for share in (0.0, 0.1)),
         *({**sparse(4096, 32), "lr": lr, "dropout": 0.0} for lr in (6e-3, 1e-2)),
     ],
+    "sparse 32 of 4096, weight decay": [
+        {**sparse(4096, 32), "lr": 6e-3, "dropout": 0.0, "weight_decay": decay} for decay in (0.5, 1.5)
+    ],
     "sparse direct, 32 of 512": [{**sparse(512, 32), "lr": lr, "dropout": 0.0} for lr in (3e-3, 1e-2)],
     "bottleneck 64": [{**dense(64), "lr": lr, "dropout": 0.0} for lr in (3e-3, 1e-2)],
 }
