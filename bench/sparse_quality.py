@@ -100,7 +100,8 @@ def environment() -> dict[str, str]:
 
 def child(words: list[str]) -> dict[str, Any]:
     """The JSON of a child's last line, and how the child was called."""
-    shown = " ".join(["python", *map(shlex.quote, [Path(words[1]).name, *words[2:]])])
+    folder = f"DIR/{Path(words[2]).name}"
+    shown = " ".join(["python", *map(shlex.quote, [Path(words[1]).name, folder, *words[3:]])])
     run = subprocess.run(words, capture_output=True, text=True, env=environment())
     if run.returncode:
         return {"command": shown, "failed": (run.stderr.strip().splitlines() or ["?"])[-1]}
@@ -160,6 +161,9 @@ def run_peers(log: Log, folder: Path, python: str) -> None:
     import quality_run
     import scipy.sparse as sp
 
+    ask = "from importlib.metadata import version as v; print(v('omikuji'), v('napkinxc'))"
+    versions = subprocess.run([python, "-c", ask], capture_output=True, text=True, check=True).stdout.split()
+    log.result["peers"] = dict(zip(("omikuji", "napkinxc"), versions, strict=True))
     for method, (package, options) in PEERS.items():
         key = {"set": folder.name, "stage": "test", "method": method, "settings": options}
         if log.find(**key) is not None:
