@@ -18,6 +18,7 @@ from .numpy import DenseHead, SparseHead
 from .text import NGramHasher, PackedStrings
 
 if TYPE_CHECKING:
+    from ._validation import Validation
     from .estimator import Classifier
 
     C = TypeVar("C", bound=Classifier)
@@ -122,6 +123,21 @@ def _names_from_tensors(file: HeadFile) -> NDArray[Any]:
     return np.array(list(PackedStrings.from_arrays(file.tensors["classes.text"], file.tensors["classes.offsets"])))
 
 
+def _add_best(file: HeadFile, best: HeadFile) -> None:
+    file.config["best"], file.state["best"] = best.config, best.state
+    file.tensors |= {f"best.{name}": array for name, array in best.tensors.items()}
+    file.integers |= {f"best.{name}" for name in best.integers}
+
+
+def _best_of(file: HeadFile) -> HeadFile | None:
+    """What `_add_best` added."""
+    if "best" not in file.config:
+        return None
+    tensors = {n.removeprefix("best."): array for n, array in file.tensors.items() if n.startswith("best.")}
+    integers = {n.removeprefix("best.") for n in file.integers if n.startswith("best.")}
+    return HeadFile("Classifier", file.config["best"], tensors, file.state["best"], integers)
+
+
 class Keeper:
     """Writes the state of a fit now and then, and takes it up again; keeps the mean loss of the epoch, part of it.
 
@@ -129,9 +145,14 @@ class Keeper:
     """
 
     def __init__(
-        self, model: Classifier, examples: Examples, targets: Targets, weight: NDArray[np.float64] | None
+        self,
+        model: Classifier,
+        examples: Examples,
+        targets: Targets,
+        weight: NDArray[np.float64] | None,
+        validation: Validation,
     ) -> None:
-        self.model = model
+        self.model, self.validation = model, validation
         self.path = None if model.checkpoint is None else Path(model.checkpoint)
         self.reset()
         self.written = time.monotonic()
@@ -165,6 +186,8 @@ class Keeper:
         file.kind = "ClassifierCheckpoint"
         file.config["identity"] = self.identity
         file.state |= {"step": step, "total": self.total, "count": self.count, "history": self.model.history_}
+        if self.validation.best is not None:
+            _add_best(file, self.validation.best)
         save_head(self.path, file)
         self.written = time.monotonic()
 
@@ -187,4 +210,6 @@ class Keeper:
         self.model.bag_, self.model.head_ = unpack(file)
         self.total, self.count = file.state["total"], file.state["count"]
         self.model.history_ = file.state["history"]
+        self.validation.best = _best_of(file)
+        self.validation.replay(self.model.history_)
         return int(file.state["step"])

@@ -16,12 +16,15 @@ from . import _core
 from .labels import Labels
 from .text import NGramHasher, PackedStrings
 
-SCHEDULES = ("linear", "cosine", "constant")
+SCHEDULES = ("linear", "cosine", "constant", "plateau")
 Transform = Callable[[Any, int], Any]
 
 
 def rate_at(schedule: str, warmup: float, step: int, total: int) -> float:
-    """The factor of the learning rate at 0 <= step < total: up over the share `warmup` of the steps, then down to 0."""
+    """The factor of the learning rate at 0 <= step < total: up over the share `warmup` of the steps, then down to 0.
+
+    "plateau" stays up: what lowers it depends on more than the step.
+    """
     rise = warmup * total
     if step < rise:
         return (step + 1) / (rise + 1)

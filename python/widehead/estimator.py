@@ -13,7 +13,9 @@ import scipy.sparse as sp
 from numpy.typing import NDArray
 
 from . import _checkpoint, _core
-from ._training import SCHEDULES, Examples, Targets, drop_features, encode, log_odds, order_of, progress, rate_at
+from ._checks import check_parameters, checked_weights
+from ._training import Examples, Targets, drop_features, encode, log_odds, order_of, progress, rate_at
+from ._validation import Validation
 from .bag import EmbeddingBag
 from .numpy import DenseHead, SparseHead
 from .order import named_order
@@ -56,9 +58,16 @@ class Classifier(ClassifierMixin, BaseEstimator):
         epochs, batch_size: passes over the data, examples a step.
         lr: highest learning rate.
         optimizer: ``"adagrad"``, ``"adam"`` or ``"sgd"``.
-        schedule: the rate falls to 0 by ``"linear"`` or ``"cosine"``, or stays (``"constant"``).
+        schedule: the rate falls to 0 by ``"linear"`` or ``"cosine"``, stays (``"constant"``), or halves whenever the
+            validation figure has not improved for ``patience`` epochs (``"plateau"``).
         warmup: share of the steps over which the rate first rises, 0 to 1.
         weight_decay: of both layers.
+        early_stopping: end the training when the validation figure has not improved for ``n_iter_no_change`` epochs.
+        validation_fraction: share of the examples, drawn by the seed, that :meth:`fit` does not train on but measures
+            the model with after every epoch; only with ``early_stopping`` or the schedule ``"plateau"``. The model is
+            that of the best epoch in the end, for which a second copy of its weights is kept.
+        validation_metric: that figure: ``"P@k"``, ``"nDCG@k"``, ``"hit@k"`` or ``"recall@k"``.
+        n_iter_no_change, patience: epochs, see above.
         normalise, scale: hidden vectors have length ``scale``.
         dtype: of both layers' weights: ``"float32"`` or ``"bfloat16"``.
         n_classes: number of classes, for integer ``Y``; by default the classes are the distinct values of ``Y``.
@@ -79,7 +88,9 @@ class Classifier(ClassifierMixin, BaseEstimator):
         classes_: ``[n_classes]`` values of ``Y`` by class.
         n_classes_, n_features_in_: numbers of classes and of columns.
         bag_, head_: the layers.
-        history_: a dict for every epoch: ``epoch``, ``loss`` (mean over its examples), ``seconds``.
+        history_: a dict for every epoch: ``epoch``, ``loss`` (mean over its examples), ``seconds``; ``validation``
+            where there is such a figure.
+        best_epoch_, best_validation_score_: of the epoch whose weights the model has; None without validation.
     """
 
     def __init__(
@@ -98,6 +109,11 @@ class Classifier(ClassifierMixin, BaseEstimator):
         schedule: str = "linear",
         warmup: float = 0.0,
         weight_decay: float = 0.0,
+        early_stopping: bool = False,
+        validation_fraction: float | None = 0.1,
+        validation_metric: str = "P@3",
+        n_iter_no_change: int = 5,
+        patience: int = 2,
         normalise: bool = True,
         scale: float = 8.0,
         dtype: str = "float32",
@@ -125,6 +141,11 @@ class Classifier(ClassifierMixin, BaseEstimator):
         self.schedule = schedule
         self.warmup = warmup
         self.weight_decay = weight_decay
+        self.early_stopping = early_stopping
+        self.validation_fraction = validation_fraction
+        self.validation_metric = validation_metric
+        self.n_iter_no_change = n_iter_no_change
+        self.patience = patience
         self.normalise = normalise
         self.scale = scale
         self.dtype = dtype
@@ -152,24 +173,28 @@ class Classifier(ClassifierMixin, BaseEstimator):
             ShapeError, DtypeError, LabelError, NonFiniteError: bad parameters or data, before anything is trained.
             FileError: ``resume`` with a checkpoint of other data or parameters.
         """
-        self._check()
+        check_parameters(self, tuple(_HEADS))
         examples, targets, classes = self._data(X, Y, None)
-        weight = _weights(sample_weight, len(examples))
-        self._build(examples, targets, classes)
+        weight = checked_weights(sample_weight, len(examples))
+        validation = Validation(self, examples, targets)
+        self._build(examples, validation.training_targets, classes)
         self.history_: list[dict[str, float]] = []
-        keeper = _checkpoint.Keeper(self, examples, targets, weight)
+        keeper = _checkpoint.Keeper(self, examples, targets, weight, validation)
         start = keeper.restore() if self.resume else 0
-        per_epoch = -(-len(examples) // self.batch_size)
+        training = validation.training
+        per_epoch = -(-len(training) // self.batch_size)
         total = per_epoch * self.epochs
         with progress(self.verbose, total, start) as advance:
             for epoch in range(start // per_epoch, self.epochs):
+                if validation.stop:
+                    break
                 began = time.perf_counter()
                 source = examples.epoch(epoch, self.transform)
-                order = order_of(len(examples), self.seed, epoch)
+                order = order_of(len(training), self.seed, epoch)
                 for step in range(max(start, epoch * per_epoch), (epoch + 1) * per_epoch):
                     at = (step - epoch * per_epoch) * self.batch_size
-                    rows = order[at : at + self.batch_size]
-                    rate = self.lr * rate_at(self.schedule, self.warmup, step, total)
+                    rows = training[order[at : at + self.batch_size]]
+                    rate = self.lr * validation.factor * rate_at(self.schedule, self.warmup, step, total)
                     loss = self._step(
                         source.rows(rows), targets.take(rows), rate, None if weight is None else weight[rows]
                     )
@@ -179,9 +204,11 @@ class Classifier(ClassifierMixin, BaseEstimator):
                         keeper.tick(step + 1)
                 self.history_.append({"epoch": epoch, "loss": keeper.mean, "seconds": time.perf_counter() - began})
                 keeper.reset()
+                validation.judge(self.history_[-1])
                 if self.callback is not None:
                     self.callback(self, epoch, self.history_[-1]["loss"])
-                keeper.tick((epoch + 1) * per_epoch, last=epoch + 1 == self.epochs)
+                keeper.tick((epoch + 1) * per_epoch, last=epoch + 1 == self.epochs or validation.stop)
+        validation.finish()
         return self
 
     def partial_fit(self, X: Any, Y: Any, classes: Any | None = None, sample_weight: Any | None = None) -> Self:
@@ -192,13 +219,15 @@ class Classifier(ClassifierMixin, BaseEstimator):
             classes: all values that ``Y`` will ever have; needed in the first call unless ``n_classes`` is given or
                 ``Y`` is a matrix.
         """
-        self._check()
+        check_parameters(self, tuple(_HEADS))
+        if self.early_stopping:
+            raise _core.ShapeError("early_stopping: expected False for partial_fit, which makes one pass, got True")
         first = not hasattr(self, "head_")
         known = None if first else self._names
         if first and classes is not None:
             known = np.unique(np.asarray(classes))
         examples, targets, names = self._data(X, Y, known)
-        weight = _weights(sample_weight, len(examples))
+        weight = checked_weights(sample_weight, len(examples))
         if first:
             self._build(examples, targets, names)
             self.history_ = []
@@ -253,7 +282,7 @@ class Classifier(ClassifierMixin, BaseEstimator):
         targets, _ = encode(Y, self.n_classes_ if self._names is None else None, self._names, strict=False)
         if len(targets) != len(examples):
             raise _core.ShapeError(f"Y: expected as many rows as X, {len(examples)}, got {len(targets)}")
-        weight = _weights(sample_weight, len(examples))
+        weight = checked_weights(sample_weight, len(examples))
         best = [self.head_.topk(hidden, 1)[1][:, 0] for hidden in self._hidden(X)]
         hits = targets.hits(np.concatenate(best) if best else np.zeros(0, np.int64))
         return float(np.average(hits, weights=weight)) if len(hits) else float("nan")
@@ -288,25 +317,6 @@ class Classifier(ClassifierMixin, BaseEstimator):
         except ImportError:
             raise _core.Error(message) from None
         raise NotFittedError(message)
-
-    def _check(self) -> None:
-        for name, low in (("dim", 1), ("negatives", 1), ("epochs", 1), ("batch_size", 1)):
-            value = getattr(self, name)
-            if not isinstance(value, int | np.integer) or value < low:
-                raise _core.ShapeError(f"{name}: expected an integer of at least {low}, got {value!r}")
-        for name, choices in (("head", tuple(_HEADS)), ("schedule", SCHEDULES)):
-            if getattr(self, name) not in choices:
-                raise _core.ShapeError(f"{name}: expected one of {', '.join(choices)}, got {getattr(self, name)!r}")
-        if not (np.isfinite(self.lr) and self.lr > 0):
-            raise _core.ShapeError(f"lr: expected a positive number, got {self.lr!r}")
-        if self.intermediate is not None and self.intermediate < 1:
-            raise _core.ShapeError(f"intermediate: expected a width of at least 1 or None, got {self.intermediate!r}")
-        if not 0 <= self.dropout < 1:
-            raise _core.ShapeError(f"dropout: expected a share in [0, 1), got {self.dropout!r}")
-        if not 0 <= self.warmup <= 1:
-            raise _core.ShapeError(f"warmup: expected a share in [0, 1], got {self.warmup!r}")
-        if self.resume and self.checkpoint is None:
-            raise _core.ShapeError("resume: expected a checkpoint to resume from, got checkpoint=None")
 
     def _data(self, X: Any, Y: Any, known: NDArray[Any] | None) -> tuple[Examples, Targets, NDArray[Any] | None]:
         examples = Examples(X, self.features)
@@ -361,14 +371,3 @@ class Classifier(ClassifierMixin, BaseEstimator):
 
     def _activate(self, hidden: NDArray[Any]) -> NDArray[Any]:
         return hidden if self.intermediate is None else np.maximum(hidden, 0, out=hidden)
-
-
-def _weights(weight: Any | None, n: int) -> NDArray[np.float64] | None:
-    if weight is None:
-        return None
-    array = np.asarray(weight, np.float64)
-    if array.shape != (n,):
-        raise _core.ShapeError(f"sample_weight: expected shape [{n}], got {list(array.shape)}")
-    if not np.isfinite(array).all() or (array < 0).any():
-        raise _core.NonFiniteError("sample_weight: expected finite weights of at least 0")
-    return array

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from .._training import SCHEDULES
 from ..data import Dataset, statistics
 from ..metrics import inverse_propensity
 from ..plan import human_bytes
@@ -78,8 +79,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     fit.add_argument("--batch-size", type=common.count, help="points a step (default: by their number, 32 to 512)")
     fit.add_argument("--lr", type=float, help="highest learning rate (default: 0.1; sparse: 0.001)")
     fit.add_argument("--optimizer", choices=("adagrad", "adam", "sgd"), help="(default: adagrad; sparse: adam)")
-    fit.add_argument("--schedule", choices=("linear", "cosine", "constant"), default="linear", help="(default: linear)")
+    fit.add_argument("--schedule", choices=SCHEDULES, default="linear", help="of the rate (default: linear)")
     fit.add_argument("--weight-decay", type=float, default=0.0, help="(default: 0)")
+    fit.add_argument("--early-stopping", action="store_true", help="end when the validation figure improves no more")
+    fit.add_argument(
+        "--validation-fraction",
+        type=float,
+        default=0.1,
+        metavar="PART",
+        help="share of the training points that judges the epochs, for --early-stopping and --schedule plateau; the "
+        "best epoch's model is kept, and --validation and --test stay unseen (default: 0.1)",
+    )
+    fit.add_argument("--validation-metric", default="P@3", metavar="NAME@K", help="that figure (default: P@3)")
+    fit.add_argument(
+        "--n-iter-no-change", type=common.count, default=5, metavar="N", help="epochs till the end (default: 5)"
+    )
+    fit.add_argument(
+        "--patience", type=common.count, default=2, metavar="N", help="epochs till plateau halves the rate (default: 2)"
+    )
     fit.add_argument("--seed", type=int, default=0, help="of weights, order and samples: the same seed, the same model")
     fit.add_argument("--resume", action="store_true", help="go on from MODEL.checkpoint if a run was cut short")
     fit.add_argument(
@@ -152,6 +169,7 @@ def _parameters(arguments: argparse.Namespace, train: Dataset) -> dict[str, Any]
         name: getattr(arguments, name)
         for name in (
             *("head", "dim", "dtype", "scale", "negatives", "schedule", "weight_decay", "dropout"),
+            *("early_stopping", "validation_fraction", "validation_metric", "n_iter_no_change", "patience"),
             *("seed", "resume", "checkpoint_every"),
         )
     }
@@ -201,6 +219,8 @@ class _Watcher:
         entry = {"epoch": epoch + 1, "loss": float(loss)}
         if self.sample is not None:
             entry["P@1"] = common.measure(model, self.sample, (1,))["P@1"]
+        if "validation" in model.history_[-1]:
+            entry["validation"] = model.history_[-1]["validation"]
         self.epochs.append(entry)
         self.seconds += time.perf_counter() - clock
         self.cpu_seconds += time.process_time() - cpu
@@ -252,6 +272,7 @@ def _report(
                 "test_points": len(test) if test is not None else 0,
                 "parameters": {k: v for k, v in model.get_params(deep=False).items() if json_able(v)},
                 "epochs": watcher.epochs,
+                "best_epoch": None if model.best_epoch_ is None else model.best_epoch_ + 1,
                 "metrics": metrics,
                 "train_seconds": seconds,
                 "train_cpu_seconds": cpu_seconds,
@@ -263,16 +284,21 @@ def _report(
     tables = []
     if metrics and test is not None:
         tables.append(common.metric_table(f"Quality on {len(test):,} points not trained on", metrics))
+    best = []
+    if model.best_epoch_ is not None:
+        name = f"best {model.validation_metric}, of epoch {model.best_epoch_ + 1}"
+        best = [(name, f"{100 * model.best_validation_score_:.2f}")]
     cost = [
         ("training points", f"{len(train):,}"),
         ("classes", f"{train.n_labels:,}"),
         ("loss, last epoch", f"{model.history_[-1]['loss']:.4g}" if model.history_ else "-"),
+        *best,
         ("training time", f"{seconds:.1f} s"),
         ("processor time", f"{cpu_seconds:.1f} s"),
         ("peak memory of the process", human_bytes(common.peak_memory())),
         (f"model {arguments.output}", human_bytes(size)),
     ]
-    common.show(*tables, common.value_table(f"{model.loss}, d = {model.bag_.dim}, {model.epochs} epochs", cost))
+    common.show(*tables, common.value_table(f"{model.loss}, d = {model.bag_.dim}, {len(model.history_)} epochs", cost))
 
 
 def json_able(value: Any) -> bool:
