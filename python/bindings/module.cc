@@ -72,6 +72,7 @@ NB_MODULE(_core, m) {
   m.def("philox", &philox_block, nb::kw_only(), "counter"_a, "key"_a);
   bind_bag(m);
   bind_dense(m);
+  bind_exact(m);
   bind_ngrams(m);
   bind_rows(m);
   bind_sparse(m);
