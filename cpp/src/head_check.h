@@ -47,9 +47,13 @@ void check_options(const Layer& l, const Labels& target, const LossOptions& loss
   if (target.rows != l.hidden.rows)
     throw ShapeError("target: expected " + std::to_string(l.hidden.rows) + " rows as in hidden, got " +
                      std::to_string(target.rows));
-  if (target.n_classes != l.weight.rows)
+  if (!target.part && target.n_classes != l.weight.rows)
     throw ShapeError("target: is over " + std::to_string(target.n_classes) + " classes, the weights over " +
                      std::to_string(l.weight.rows));
+  if (target.part && (target.first_class < 0 || target.first_class > target.n_classes - l.weight.rows))
+    throw ShapeError("first_class: expected 0 to " + std::to_string(target.n_classes - l.weight.rows) + " for " +
+                     std::to_string(l.weight.rows) + " of " + std::to_string(target.n_classes) + " classes, got " +
+                     std::to_string(target.first_class));
   const bool softmax = loss.kind == Loss::softmax;
   check_option("label_smoothing", loss.label_smoothing, loss.label_smoothing >= 0 && loss.label_smoothing <= 1,
                "a number in [0, 1]");

@@ -22,8 +22,8 @@ using std::to_string;
 template <class Args>
 void check_layer(const Args& args) {
   const SparseLayer& l = args.layer;
-  if (on_gpu(args.device)) throw BackendError("the sparse head runs on the CPU; move the tensors there");
   check_layer(l, l.hidden.cols, args.device);
+  expect_dtype("weight", l.weight.dtype, l.weight.dtype != Dtype::f16, "float32, bfloat16 or float64");
   if (l.index.group_size < 1) throw ShapeError("group_size: expected at least 1, got " + to_string(l.index.group_size));
   if (!l.index.data) throw ShapeError("index: expected the inputs of the classes, got none");
   check_index_type(l.index.dtype, l.hidden.cols);
@@ -78,6 +78,7 @@ void sparse_forward(const SparseForward& args) {
   check_layer(args);
   check_forward(args);
   refuse_softcap(args.loss);
+  if (on_gpu(args.device)) return cuda::sparse_forward(args);
   check_labels(args.target, args.loss.ignore_index, "target");
   if (args.layer.hidden.rows > 0) cpu::sparse_forward(args);
 }
@@ -86,6 +87,7 @@ void sparse_backward(const SparseBackward& args) {
   check_layer(args);
   check_backward(args);
   refuse_softcap(args.loss);
+  if (on_gpu(args.device)) return cuda::sparse_backward(args);
   check_labels(args.target, args.loss.ignore_index, "target");
   if (args.update) check_finite_step(args);
   cpu::sparse_backward(args);
@@ -94,12 +96,14 @@ void sparse_backward(const SparseBackward& args) {
 void sparse_logits(const SparseLogits& args) {
   check_layer(args);
   expect_scores("logits", args.logits, args.layer, args.layer.weight.rows);
+  if (on_gpu(args.device)) return cuda::sparse_logits(args);
   if (args.layer.hidden.rows > 0) cpu::sparse_logits(args);
 }
 
 void sparse_scores(const SparseScores& args) {
   check_layer(args);
   expect_scores("scores", args.scores, args.layer, args.n);
+  if (on_gpu(args.device)) return cuda::sparse_scores(args);
   check_classes(args);
   if (args.layer.hidden.rows > 0 && args.n > 0) cpu::sparse_scores(args);
 }
@@ -107,9 +111,16 @@ void sparse_scores(const SparseScores& args) {
 void sparse_topk(const SparseTopK& args) {
   check_layer(args);
   check_topk(args);
+  if (on_gpu(args.device)) return cuda::sparse_topk(args);
   check_exclude(args);
   if (args.layer.hidden.rows > 0) cpu::sparse_topk(args);
 }
+
+int64_t scratch_bytes(const SparseForward& args) { return on_gpu(args.device) ? cuda::scratch_bytes(args) : 0; }
+int64_t scratch_bytes(const SparseBackward& args) { return on_gpu(args.device) ? cuda::scratch_bytes(args) : 0; }
+int64_t scratch_bytes(const SparseLogits& args) { return on_gpu(args.device) ? cuda::scratch_bytes(args) : 0; }
+int64_t scratch_bytes(const SparseScores& args) { return on_gpu(args.device) ? cuda::scratch_bytes(args) : 0; }
+int64_t scratch_bytes(const SparseTopK& args) { return on_gpu(args.device) ? cuda::scratch_bytes(args) : 0; }
 
 void draw_index(void* index, Dtype dtype, int64_t stride, int64_t groups, int64_t fan_in, int64_t in_features,
                 std::uint64_t seed, int64_t first_row, const Device& device) {

@@ -8,6 +8,7 @@
 
 #include "parts.h"
 #include "widehead/error.h"
+#include "widehead/ranges.h"
 
 namespace widehead::python {
 namespace {
@@ -33,17 +34,18 @@ DenseLayer layer_of(Arrays& arrays, nb::handle hidden, nb::handle weight, nb::ha
 }
 
 void forward(nb::handle hidden, nb::handle weight, nb::handle bias, nb::handle offset, nb::handle indptr,
-             nb::handle indices, nb::handle values, std::optional<std::int64_t> n_classes, const std::string& loss,
-             double label_smoothing, double lse_penalty, double softcap, nb::handle class_weight,
-             std::int64_t ignore_index, nb::handle losses, nb::handle output, nb::handle lse, bool tf32,
-             nb::handle gpu) {
+             nb::handle indices, nb::handle values, std::optional<std::int64_t> n_classes,
+             std::optional<std::int64_t> first_class, const std::string& loss, double label_smoothing,
+             double lse_penalty, double softcap, nb::handle class_weight, std::int64_t ignore_index, nb::handle losses,
+             nb::handle output, nb::handle lse, bool tf32, nb::handle gpu) {
   Arrays arrays;
   DenseForward args;
   args.layer = layer_of(arrays, hidden, weight, bias, offset);
   args.layer.tf32 = tf32;
   const std::int64_t classes = args.layer.weight.rows;
-  args.target = labels_of(arrays, indptr, indices, values, args.layer.hidden.rows, n_classes.value_or(classes));
-  args.loss = loss_of(arrays, loss, label_smoothing, lse_penalty, softcap, class_weight, ignore_index, classes);
+  args.target = labels_of(arrays, indptr, indices, values, args.layer.hidden.rows, classes, n_classes, first_class);
+  args.loss =
+      loss_of(arrays, loss, label_smoothing, lse_penalty, softcap, class_weight, ignore_index, args.target.n_classes);
   args.losses = arrays.out_vector(losses, {"losses", "[batch]", kResult, true});
   args.output = arrays.out_vector(output, {"output", "[batch]", kResult, true});
   args.lse = arrays.out_vector(lse, {"lse", "[batch]", kResult, true});
@@ -54,7 +56,8 @@ void forward(nb::handle hidden, nb::handle weight, nb::handle bias, nb::handle o
 }
 
 std::int64_t backward(nb::handle hidden, nb::handle weight, nb::handle bias, nb::handle offset, nb::handle indptr,
-                      nb::handle indices, nb::handle values, const std::string& loss, double label_smoothing,
+                      nb::handle indices, nb::handle values, std::optional<std::int64_t> n_classes,
+                      std::optional<std::int64_t> first_class, const std::string& loss, double label_smoothing,
                       double lse_penalty, double softcap, nb::handle class_weight, std::int64_t ignore_index,
                       nb::handle lse, nb::handle grad_losses, nb::handle grad_output, nb::handle grad_lse,
                       nb::handle grad_hidden, nb::handle grad_weight, nb::handle grad_bias, nb::handle update,
@@ -66,8 +69,9 @@ std::int64_t backward(nb::handle hidden, nb::handle weight, nb::handle bias, nb:
   args.layer = layer_of(arrays, hidden, weight, bias, offset, fused);
   args.layer.tf32 = tf32;
   const std::int64_t classes = args.layer.weight.rows;
-  args.target = labels_of(arrays, indptr, indices, values, args.layer.hidden.rows, classes);
-  args.loss = loss_of(arrays, loss, label_smoothing, lse_penalty, softcap, class_weight, ignore_index, classes);
+  args.target = labels_of(arrays, indptr, indices, values, args.layer.hidden.rows, classes, n_classes, first_class);
+  args.loss =
+      loss_of(arrays, loss, label_smoothing, lse_penalty, softcap, class_weight, ignore_index, args.target.n_classes);
   args.lse = arrays.vector(lse, {"lse", "[batch]", kResult, true});
   args.grad_losses = arrays.vector(grad_losses, {"grad_losses", "[batch]", kResult});
   args.grad_output = arrays.vector(grad_output, {"grad_output", "[batch]", kResult, true});
@@ -157,22 +161,39 @@ void topk(nb::handle hidden, nb::handle weight, nb::handle bias, nb::handle offs
   dense_topk(args);
 }
 
+void join(nb::handle indptr, nb::handle indices, nb::handle values, std::int64_t n_classes, double label_smoothing,
+          double lse_penalty, nb::handle class_weight, std::int64_t ignore_index, nb::handle lse, nb::handle losses,
+          nb::handle output, nb::handle gpu) {
+  Arrays arrays;
+  JoinSoftmax args;
+  args.lse = arrays.vector(lse, {"lse", "[batch]", kResult});
+  args.target = labels_of(arrays, indptr, indices, values, args.lse.size, n_classes);
+  args.loss = loss_of(arrays, "softmax", label_smoothing, lse_penalty, 0.0, class_weight, ignore_index, n_classes);
+  args.losses = arrays.out_vector(losses, {"losses", "[batch]", kResult, true});
+  args.output = arrays.out_vector(output, {"output", "[batch]", kResult, true});
+  args.device = arrays.device(gpu);
+  arrays.get_scratch(gpu, args.device, scratch_bytes(args));
+  nb::gil_scoped_release no_gil;
+  join_softmax(args);
+}
+
 }  // namespace
 
 void bind_dense(nb::module_& m) {
   const nb::object none = nb::none();
   m.def("dense_forward", &forward, nb::kw_only(), "hidden"_a.none(), "weight"_a.none(), "bias"_a.none(),
         "offset"_a.none() = none, "indptr"_a.none(), "indices"_a.none(), "values"_a.none(), "n_classes"_a.none() = none,
-        "loss"_a, "label_smoothing"_a = 0.0, "lse_penalty"_a = 0.0, "softcap"_a = 0.0, "class_weight"_a.none() = none,
-        "ignore_index"_a = -100, "losses"_a.none(), "output"_a.none(), "lse"_a.none(), "tf32"_a = false,
-        "gpu"_a.none() = none);
+        "first_class"_a.none() = none, "loss"_a, "label_smoothing"_a = 0.0, "lse_penalty"_a = 0.0, "softcap"_a = 0.0,
+        "class_weight"_a.none() = none, "ignore_index"_a = -100, "losses"_a.none(), "output"_a.none(), "lse"_a.none(),
+        "tf32"_a = false, "gpu"_a.none() = none);
   m.def("dense_backward", &backward, nb::kw_only(), "hidden"_a.none(), "weight"_a.none(), "bias"_a.none(),
-        "offset"_a.none() = none, "indptr"_a.none(), "indices"_a.none(), "values"_a.none(), "loss"_a,
-        "label_smoothing"_a = 0.0, "lse_penalty"_a = 0.0, "softcap"_a = 0.0, "class_weight"_a.none() = none,
-        "ignore_index"_a = -100, "lse"_a.none(), "grad_losses"_a.none(), "grad_output"_a.none() = none,
-        "grad_lse"_a.none() = none, "grad_hidden"_a.none() = none, "grad_weight"_a.none() = none,
-        "grad_bias"_a.none() = none, "update"_a.none() = none, "losses"_a.none() = none, "output"_a.none() = none,
-        "filter_eps"_a = 0.0, "filtered"_a.none() = none, "tf32"_a = false, "gpu"_a.none() = none);
+        "offset"_a.none() = none, "indptr"_a.none(), "indices"_a.none(), "values"_a.none(), "n_classes"_a.none() = none,
+        "first_class"_a.none() = none, "loss"_a, "label_smoothing"_a = 0.0, "lse_penalty"_a = 0.0, "softcap"_a = 0.0,
+        "class_weight"_a.none() = none, "ignore_index"_a = -100, "lse"_a.none(), "grad_losses"_a.none(),
+        "grad_output"_a.none() = none, "grad_lse"_a.none() = none, "grad_hidden"_a.none() = none,
+        "grad_weight"_a.none() = none, "grad_bias"_a.none() = none, "update"_a.none() = none, "losses"_a.none() = none,
+        "output"_a.none() = none, "filter_eps"_a = 0.0, "filtered"_a.none() = none, "tf32"_a = false,
+        "gpu"_a.none() = none);
   m.def("dense_logits", &logits, nb::kw_only(), "hidden"_a.none(), "weight"_a.none(), "bias"_a.none(),
         "offset"_a.none() = none, "softcap"_a = 0.0, "logits"_a.none(), "gpu"_a.none() = none);
   m.def("dense_scores", &scores, nb::kw_only(), "hidden"_a.none(), "weight"_a.none(), "bias"_a.none(),
@@ -181,6 +202,9 @@ void bind_dense(nb::module_& m) {
         "offset"_a.none() = none, "softcap"_a = 0.0, "k"_a, "exclude_indptr"_a.none() = none,
         "exclude_indices"_a.none() = none, "scores"_a.none(), "classes"_a.none(), "lse"_a.none() = none,
         "gpu"_a.none() = none);
+  m.def("join_softmax", &join, nb::kw_only(), "indptr"_a.none(), "indices"_a.none(), "values"_a.none(), "n_classes"_a,
+        "label_smoothing"_a = 0.0, "lse_penalty"_a = 0.0, "class_weight"_a.none() = none, "ignore_index"_a = -100,
+        "lse"_a.none(), "losses"_a.none(), "output"_a.none() = none, "gpu"_a.none() = none);
 }
 
 }  // namespace widehead::python

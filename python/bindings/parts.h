@@ -1,7 +1,9 @@
 // parts.h -- what the binding files share: one bind function a part, and the parsing of losses and updates
 #pragma once
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 
+#include <optional>
 #include <string>
 
 #include "array.h"
@@ -21,6 +23,9 @@ void bind_sparse(nb::module_& m);
 // Targets of `rows` examples: one class each without indptr, CSR with it.
 Labels labels_of(Arrays& arrays, nb::handle indptr, nb::handle indices, nb::handle values, std::int64_t rows,
                  std::int64_t n_classes);
+// Targets of a layer of `held` classes: all there are, or with first_class a part of n_classes.
+Labels labels_of(Arrays& arrays, nb::handle indptr, nb::handle indices, nb::handle values, std::int64_t rows,
+                 std::int64_t held, std::optional<std::int64_t> n_classes, std::optional<std::int64_t> first_class);
 LossOptions loss_of(Arrays& arrays, const std::string& loss, double label_smoothing, double lse_penalty, double softcap,
                     nb::handle class_weight, std::int64_t ignore_index, std::int64_t n_classes);
 

@@ -35,25 +35,29 @@ SparseLayer layer_of(Arrays& arrays, nb::handle hidden, nb::handle weight, nb::h
 }
 
 void forward(nb::handle hidden, nb::handle weight, nb::handle index, nb::handle bias, std::int64_t group_size,
-             nb::handle indptr, nb::handle indices, nb::handle values, const std::string& loss, double label_smoothing,
+             nb::handle indptr, nb::handle indices, nb::handle values, std::optional<std::int64_t> n_classes,
+             std::optional<std::int64_t> first_class, const std::string& loss, double label_smoothing,
              double lse_penalty, nb::handle class_weight, std::int64_t ignore_index, nb::handle losses,
              nb::handle output, nb::handle lse, nb::handle gpu) {
   Arrays arrays;
   SparseForward args;
   args.layer = layer_of(arrays, hidden, weight, index, bias, group_size);
   const std::int64_t classes = args.layer.weight.rows;
-  args.target = labels_of(arrays, indptr, indices, values, args.layer.hidden.rows, classes);
-  args.loss = loss_of(arrays, loss, label_smoothing, lse_penalty, 0.0, class_weight, ignore_index, classes);
+  args.target = labels_of(arrays, indptr, indices, values, args.layer.hidden.rows, classes, n_classes, first_class);
+  args.loss =
+      loss_of(arrays, loss, label_smoothing, lse_penalty, 0.0, class_weight, ignore_index, args.target.n_classes);
   args.losses = arrays.out_vector(losses, {"losses", "[batch]", kResult, true});
   args.output = arrays.out_vector(output, {"output", "[batch]", kResult, true});
   args.lse = arrays.out_vector(lse, {"lse", "[batch]", kResult, true});
   args.device = arrays.device(gpu);
+  arrays.get_scratch(gpu, args.device, scratch_bytes(args));
   nb::gil_scoped_release no_gil;
   sparse_forward(args);
 }
 
 void backward(nb::handle hidden, nb::handle weight, nb::handle index, nb::handle bias, std::int64_t group_size,
-              nb::handle indptr, nb::handle indices, nb::handle values, const std::string& loss, double label_smoothing,
+              nb::handle indptr, nb::handle indices, nb::handle values, std::optional<std::int64_t> n_classes,
+              std::optional<std::int64_t> first_class, const std::string& loss, double label_smoothing,
               double lse_penalty, nb::handle class_weight, std::int64_t ignore_index, nb::handle lse,
               nb::handle grad_losses, nb::handle grad_output, nb::handle grad_lse, nb::handle grad_hidden,
               nb::handle grad_weight, nb::handle grad_bias, nb::handle update, nb::handle losses, nb::handle output,
@@ -63,8 +67,9 @@ void backward(nb::handle hidden, nb::handle weight, nb::handle index, nb::handle
   const bool fused = !update.is_none();
   args.layer = layer_of(arrays, hidden, weight, index, bias, group_size, fused);
   const std::int64_t classes = args.layer.weight.rows;
-  args.target = labels_of(arrays, indptr, indices, values, args.layer.hidden.rows, classes);
-  args.loss = loss_of(arrays, loss, label_smoothing, lse_penalty, 0.0, class_weight, ignore_index, classes);
+  args.target = labels_of(arrays, indptr, indices, values, args.layer.hidden.rows, classes, n_classes, first_class);
+  args.loss =
+      loss_of(arrays, loss, label_smoothing, lse_penalty, 0.0, class_weight, ignore_index, args.target.n_classes);
   args.lse = arrays.vector(lse, {"lse", "[batch]", kResult, true});
   args.grad_losses = arrays.vector(grad_losses, {"grad_losses", "[batch]", kResult});
   args.grad_output = arrays.vector(grad_output, {"grad_output", "[batch]", kResult, true});
@@ -80,6 +85,7 @@ void backward(nb::handle hidden, nb::handle weight, nb::handle index, nb::handle
   args.losses = arrays.out_vector(losses, {"losses", "[batch]", kResult, true});
   args.output = arrays.out_vector(output, {"output", "[batch]", kResult, true});
   args.device = arrays.device(gpu);
+  arrays.get_scratch(gpu, args.device, scratch_bytes(args));
   nb::gil_scoped_release no_gil;
   sparse_backward(args);
 }
@@ -91,6 +97,7 @@ void logits(nb::handle hidden, nb::handle weight, nb::handle index, nb::handle b
   args.layer = layer_of(arrays, hidden, weight, index, bias, group_size);
   args.logits = arrays.out_matrix(out, {"logits", "[batch, n_classes]", kResult});
   args.device = arrays.device(gpu);
+  arrays.get_scratch(gpu, args.device, scratch_bytes(args));
   nb::gil_scoped_release no_gil;
   sparse_logits(args);
 }
@@ -108,6 +115,7 @@ void scores(nb::handle hidden, nb::handle weight, nb::handle index, nb::handle b
   args.n = c.cols;
   args.scores = arrays.out_matrix(out, {"scores", "[batch, n]", kResult});
   args.device = arrays.device(gpu);
+  arrays.get_scratch(gpu, args.device, scratch_bytes(args));
   nb::gil_scoped_release no_gil;
   sparse_scores(args);
 }
@@ -125,6 +133,7 @@ void topk(nb::handle hidden, nb::handle weight, nb::handle index, nb::handle bia
     throw ShapeError("exclude_indptr and exclude_indices: expected both or neither");
   args.exclude_indptr = sized<std::int64_t>(p, args.layer.hidden.rows + 1, "exclude_indptr", "[batch + 1]");
   args.exclude_indices = static_cast<const std::int64_t*>(i.data);
+  args.exclude_size = i.size;
   if (p && !arrays.on_gpu() && args.exclude_indptr[args.layer.hidden.rows] != i.size)
     throw LabelError("exclude_indptr: expected its last entry to be the number of exclude_indices " +
                      std::to_string(i.size) + ", got " + std::to_string(args.exclude_indptr[args.layer.hidden.rows]));
@@ -133,6 +142,7 @@ void topk(nb::handle hidden, nb::handle weight, nb::handle index, nb::handle bia
   args.classes = {static_cast<std::int64_t*>(c.data), c.rows, c.cols, c.stride};
   args.lse = arrays.out_vector(lse, {"lse", "[batch]", kResult, true});
   args.device = arrays.device(gpu);
+  arrays.get_scratch(gpu, args.device, scratch_bytes(args));
   nb::gil_scoped_release no_gil;
   sparse_topk(args);
 }
@@ -204,13 +214,15 @@ nb::object move(nb::handle weight, nb::handle index, std::int64_t group_size, st
 void bind_sparse(nb::module_& m) {
   const nb::object none = nb::none();
   m.def("sparse_forward", &forward, nb::kw_only(), "hidden"_a.none(), "weight"_a.none(), "index"_a.none(),
-        "bias"_a.none(), "group_size"_a = 1, "indptr"_a.none(), "indices"_a.none(), "values"_a.none(), "loss"_a,
-        "label_smoothing"_a = 0.0, "lse_penalty"_a = 0.0, "class_weight"_a.none() = none, "ignore_index"_a = -100,
-        "losses"_a.none(), "output"_a.none(), "lse"_a.none(), "gpu"_a.none() = none);
+        "bias"_a.none(), "group_size"_a = 1, "indptr"_a.none(), "indices"_a.none(), "values"_a.none(),
+        "n_classes"_a.none() = none, "first_class"_a.none() = none, "loss"_a, "label_smoothing"_a = 0.0,
+        "lse_penalty"_a = 0.0, "class_weight"_a.none() = none, "ignore_index"_a = -100, "losses"_a.none(),
+        "output"_a.none(), "lse"_a.none(), "gpu"_a.none() = none);
   m.def("sparse_backward", &backward, nb::kw_only(), "hidden"_a.none(), "weight"_a.none(), "index"_a.none(),
-        "bias"_a.none(), "group_size"_a = 1, "indptr"_a.none(), "indices"_a.none(), "values"_a.none(), "loss"_a,
-        "label_smoothing"_a = 0.0, "lse_penalty"_a = 0.0, "class_weight"_a.none() = none, "ignore_index"_a = -100,
-        "lse"_a.none(), "grad_losses"_a.none(), "grad_output"_a.none() = none, "grad_lse"_a.none() = none,
+        "bias"_a.none(), "group_size"_a = 1, "indptr"_a.none(), "indices"_a.none(), "values"_a.none(),
+        "n_classes"_a.none() = none, "first_class"_a.none() = none, "loss"_a, "label_smoothing"_a = 0.0,
+        "lse_penalty"_a = 0.0, "class_weight"_a.none() = none, "ignore_index"_a = -100, "lse"_a.none(),
+        "grad_losses"_a.none(), "grad_output"_a.none() = none, "grad_lse"_a.none() = none,
         "grad_hidden"_a.none() = none, "grad_weight"_a.none() = none, "grad_bias"_a.none() = none,
         "update"_a.none() = none, "losses"_a.none() = none, "output"_a.none() = none, "gpu"_a.none() = none);
   m.def("sparse_logits", &logits, nb::kw_only(), "hidden"_a.none(), "weight"_a.none(), "index"_a.none(),

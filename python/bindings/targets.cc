@@ -29,6 +29,14 @@ Labels labels_of(Arrays& arrays, nb::handle indptr, nb::handle indices, nb::hand
   return labels;
 }
 
+Labels labels_of(Arrays& arrays, nb::handle indptr, nb::handle indices, nb::handle values, std::int64_t rows,
+                 std::int64_t held, std::optional<std::int64_t> n_classes, std::optional<std::int64_t> first_class) {
+  Labels labels = labels_of(arrays, indptr, indices, values, rows, n_classes.value_or(held));
+  labels.part = first_class.has_value();
+  labels.first_class = first_class.value_or(0);
+  return labels;
+}
+
 LossOptions loss_of(Arrays& arrays, const std::string& loss, double label_smoothing, double lse_penalty, double softcap,
                     nb::handle class_weight, std::int64_t ignore_index, std::int64_t n_classes) {
   const ConstAnyVector w = arrays.vector(class_weight, {"class_weight", "[n_classes]", one_of(Dtype::f32), true});

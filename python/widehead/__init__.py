@@ -41,13 +41,14 @@ __all__ = [
     "__version__",
     "current_isa",
     "get_num_threads",
+    "order_classes",
     "set_isa",
     "set_num_threads",
     "supported_isas",
 ]
 
 # Imported on first use: they need packages or time that many programs can do without.
-_LAZY = {"Classifier": "widehead.estimator"}
+_LAZY = {"Classifier": "widehead.estimator", "order_classes": "widehead.order"}
 
 
 def __getattr__(name: str) -> Any:

@@ -45,10 +45,12 @@ def set_isa(name: str) -> None: ...
 def current_isa() -> str: ...
 def supported_isas() -> list[str]: ...
 
-# Targets: indptr None means one class an example. loss: "softmax" | "bce" | "squared_hinge".
+# Targets: indptr None means one class an example. loss: "softmax" | "bce" | "squared_hinge". With first_class the layer
+# holds the classes from there on of n_classes, and class_weight is of all: see ranges.h for what its losses are.
 def dense_forward(
     *, hidden: Array, weight: Array, bias: Array | None, offset: Array | None = None,
     indptr: Array | None, indices: Array, values: Array | None, n_classes: int | None = None,
+    first_class: int | None = None,
     loss: str, label_smoothing: float = 0.0, lse_penalty: float = 0.0, softcap: float = 0.0,
     class_weight: Array | None = None, ignore_index: int = -100,
     losses: Array | None, output: Array | None, lse: Array | None,
@@ -62,7 +64,8 @@ def dense_forward(
 # added to `filtered`, int64 [1].
 def dense_backward(
     *, hidden: Array, weight: Array, bias: Array | None, offset: Array | None = None,
-    indptr: Array | None, indices: Array, values: Array | None,
+    indptr: Array | None, indices: Array, values: Array | None, n_classes: int | None = None,
+    first_class: int | None = None,
     loss: str, label_smoothing: float = 0.0, lse_penalty: float = 0.0, softcap: float = 0.0,
     class_weight: Array | None = None, ignore_index: int = -100,
     lse: Array | None, grad_losses: Array, grad_output: Array | None = None, grad_lse: Array | None = None,
@@ -84,6 +87,13 @@ def dense_topk(
     *, hidden: Array, weight: Array, bias: Array | None, offset: Array | None = None, softcap: float = 0.0, k: int,
     exclude_indptr: Array | None = None, exclude_indices: Array | None = None,
     scores: Array, classes: Array, lse: Array | None = None, gpu: Gpu | None = None,
+) -> None: ...
+
+# Softmax over several ranges of classes: adds the terms of the joint lse to the sums of the ranges' losses and output.
+def join_softmax(
+    *, indptr: Array | None, indices: Array, values: Array | None, n_classes: int, label_smoothing: float = 0.0,
+    lse_penalty: float = 0.0, class_weight: Array | None = None, ignore_index: int = -100,
+    lse: Array, losses: Array | None, output: Array | None = None, gpu: Gpu | None = None,
 ) -> None: ...
 
 # Row updates of a weight matrix from row gradients: rows[i] of weight gets the step with grad[i]. Rows are distinct; on
@@ -139,14 +149,16 @@ def bag_step(
 # an update are [n_classes, fan_in]; hidden [batch, in_features]. Everything else as in the dense head's functions.
 def sparse_forward(
     *, hidden: Array, weight: Array, index: Array, bias: Array | None, group_size: int = 1,
-    indptr: Array | None, indices: Array, values: Array | None,
+    indptr: Array | None, indices: Array, values: Array | None, n_classes: int | None = None,
+    first_class: int | None = None,
     loss: str, label_smoothing: float = 0.0, lse_penalty: float = 0.0,
     class_weight: Array | None = None, ignore_index: int = -100,
     losses: Array | None, output: Array | None, lse: Array | None, gpu: Gpu | None = None,
 ) -> None: ...
 def sparse_backward(
     *, hidden: Array, weight: Array, index: Array, bias: Array | None, group_size: int = 1,
-    indptr: Array | None, indices: Array, values: Array | None,
+    indptr: Array | None, indices: Array, values: Array | None, n_classes: int | None = None,
+    first_class: int | None = None,
     loss: str, label_smoothing: float = 0.0, lse_penalty: float = 0.0,
     class_weight: Array | None = None, ignore_index: int = -100,
     lse: Array | None, grad_losses: Array, grad_output: Array | None = None, grad_lse: Array | None = None,

@@ -33,6 +33,7 @@ class Head:
     n_classes: int
     dtype: str
     seed: int
+    _first_class: int = 0  # classes before this layer's, which another one holds
     _weight: NDArray
     _bias: NDArray | None
 
@@ -48,10 +49,11 @@ class Head:
         self.dtype = choose(dtype, tuple(STORED), "dtype")
         kept: np.dtype[Any] = STORED[dtype]
         self.in_features, self.n_classes, self.seed = int(in_features), int(n_classes), int(seed)
-        self._weight = np.empty((self.n_classes, columns or self.in_features), kept)
+        rows = self.n_classes - self._first_class
+        self._weight = np.empty((rows, columns or self.in_features), kept)
         # A bfloat16 head keeps its bias in float32: it is one number a class, and rounding it would cost
         # accuracy.
-        self._bias = np.zeros(self.n_classes, np.float64 if dtype == "float64" else np.float32) if bias else None
+        self._bias = np.zeros(rows, np.float64 if dtype == "float64" else np.float32) if bias else None
         self.steps = 0
         self._optimizer = OptimizerState()
 
@@ -66,7 +68,8 @@ class Head:
 
     def _fill(self, first: int) -> None:
         bound = 1.0 / np.sqrt(self._weight.shape[1])
-        _core.init_uniform(out=self._weight[first:], low=-bound, high=bound, seed=self.seed, first_row=first)
+        row = self._first_class + first
+        _core.init_uniform(out=self._weight[first:], low=-bound, high=bound, seed=self.seed, first_row=row)
 
     def _first_bias(self) -> float:
         return 0.0
@@ -99,6 +102,10 @@ class Head:
 
     def state_dict(self) -> dict[str, NDArray]:
         """The parameters by name, not copied."""
+        return self._tensors()
+
+    def _tensors(self) -> dict[str, NDArray]:
+        """Those of this layer, as files name them."""
         return {"weight": self._weight} | ({} if self._bias is None else {"bias": self._bias})
 
     def load_state_dict(self, state: dict[str, ArrayLike]) -> None:
@@ -112,15 +119,16 @@ class Head:
     def _grow(self, n_classes: int) -> None:
         if not isinstance(n_classes, int | np.integer) or n_classes < self.n_classes:
             raise ShapeError(f"n_classes: expected an integer of at least {self.n_classes}, got {n_classes!r}")
-        old, self.n_classes = self.n_classes, int(n_classes)
-        weight = np.empty((self.n_classes, self._weight.shape[1]), self._weight.dtype)
+        old, self.n_classes = len(self._weight), int(n_classes)
+        rows = self.n_classes - self._first_class
+        weight = np.empty((rows, self._weight.shape[1]), self._weight.dtype)
         weight[:old] = self._weight
         self._weight = weight
         self._fill(old)
         if self._bias is not None:
-            fresh = np.full(self.n_classes - old, self._first_bias(), self._bias.dtype)
+            fresh = np.full(rows - old, self._first_bias(), self._bias.dtype)
             self._bias = np.concatenate([self._bias, fresh])
-        self._optimizer.grow(self.n_classes)
+        self._optimizer.grow(rows)
 
     def _configure(self, in_features: int, n_classes: int, **options: Any) -> None:
         raise NotImplementedError
@@ -141,7 +149,7 @@ class Head:
         save_head(path, self._to_file(optimizer))
 
     def _to_file(self, optimizer: bool) -> HeadFile:
-        tensors = self.state_dict() | self._option_tensors()
+        tensors = self._tensors() | self._option_tensors()
         state: dict[str, Any] = {"steps": self.steps}
         if optimizer:
             state["optimizer"] = {"name": self._optimizer.name, "step": self._optimizer.step}
@@ -177,7 +185,7 @@ class Head:
                 "dtype: float16 is for GPUs; in PyTorch convert the head, head.to(torch.float32), and save it again"
             )
         head._configure(config.pop("in_features"), config.pop("n_classes"), **head._options_from_file(config, tensors))
-        for name, like in head.state_dict().items():
+        for name, like in head._tensors().items():
             array = parameters.pop(name)
             if array.dtype == np.uint16 and (name in file.integers) != (name in cls.integers):
                 raise DtypeError(f"{name}: expected {'uint16' if name in cls.integers else 'bfloat16'}, got the other")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -111,7 +111,7 @@ class OutputHead(Head):
         lse = None
         if self.options.core_loss == "softmax":
             lse = np.empty_like(losses)
-            self._of_core("forward")(**arguments, losses=losses, output=None, lse=lse)
+            self._call("forward", **arguments, losses=losses, output=None, lse=lse)
         # The other losses need no normaliser, so one pass does everything.
         self._backward(
             **arguments,
@@ -123,14 +123,14 @@ class OutputHead(Head):
         )
 
     def _backward(self, **arguments: Any) -> None:
-        self._of_core("backward")(**arguments)
+        self._call("backward", **arguments)
 
     def _after_step(self) -> None:
         """Called when a step has been taken and counted."""
 
-    def _of_core(self, operation: str) -> Callable[..., Any]:
-        function: Callable[..., Any] = getattr(_core, f"{self.prefix}_{operation}")
-        return function
+    def _call(self, operation: str, **arguments: Any) -> Any:
+        """The operation of the core on this layer."""
+        return getattr(_core, f"{self.prefix}_{operation}")(**arguments)
 
     def forward(
         self,
@@ -154,7 +154,8 @@ class OutputHead(Head):
         reduction = self._reduction(goal, example_weights(sample_weight, shape))
         losses, output, lse = (np.zeros(len(rows), self._result) for _ in range(3))
         if len(rows):
-            self._of_core("forward")(
+            self._call(
+                "forward",
                 **self._layer(rows),
                 **goal.arguments(),
                 **self._loss_arguments(),
@@ -173,7 +174,7 @@ class OutputHead(Head):
         if classes is None:
             scores = np.empty((len(rows), self.n_classes), self._result)
             if len(rows):
-                self._of_core("logits")(**self._query(rows), logits=scores)
+                self._call("logits", **self._query(rows), logits=scores)
             return scores.reshape(*shape, self.n_classes)
         wanted = np.asarray(classes)
         if wanted.dtype.kind not in "iu" and wanted.size:
@@ -187,7 +188,7 @@ class OutputHead(Head):
         check_range(wanted.reshape(-1), self.n_classes, "classes")
         scores = np.empty((len(rows), n), self._result)
         if scores.size:
-            self._of_core("scores")(**self._query(rows), classes=wanted, scores=scores)
+            self._call("scores", **self._query(rows), classes=wanted, scores=scores)
         return scores.reshape(*shape, n)
 
     def log_prob(self, hidden: NDArray, classes: ArrayLike | None = None) -> NDArray:
@@ -211,7 +212,8 @@ class OutputHead(Head):
         if len(rows):
             nothing = np.full(len(rows), self.options.ignore_index, np.int64)
             arguments = {**self._loss_arguments(), "loss": "softmax", "label_smoothing": 0.0}
-            self._of_core("forward")(
+            self._call(
+                "forward",
                 **self._layer(rows),
                 indptr=None,
                 indices=nothing,
@@ -249,7 +251,8 @@ class OutputHead(Head):
             indptr, indices = out.indptr, out.indices
         scores, classes = np.empty((len(rows), k), self._result), np.empty((len(rows), k), np.int64)
         if len(rows):
-            self._of_core("topk")(
+            self._call(
+                "topk",
                 **self._query(rows),
                 k=k,
                 exclude_indptr=indptr,
@@ -262,6 +265,10 @@ class OutputHead(Head):
     def predict(self, hidden: NDArray) -> NDArray[np.int64]:
         """The best class of every example, int64 of the batch's shape."""
         return self.topk(hidden, 1).classes[..., 0]
+
+    def set_bias(self, value: ArrayLike) -> None:
+        """Sets the bias of every class, `[n_classes]`."""
+        self.bias = np.asarray(value)
 
     @property
     def _result(self) -> type[np.floating]:

@@ -7,13 +7,14 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from . import _core
+from . import _block, _core
 from ._arrays import stored
 from ._core import DtypeError, ShapeError
 from ._dense import DenseHead
+from ._order import ClassOrder, checked_order
 from ._output import OutputHead, checked_class_weight
 from .files import HeadFile
-from .options import SparseOptions, check_fan_in
+from .options import SparseOptions, check_dense_head, check_fan_in
 
 MAX_UINT16 = 65536
 
@@ -44,14 +45,21 @@ class SparseHead(OutputHead):
         rewire_keep_value: a moved connection keeps its small weight, as in the paper; its state is zeroed all the same.
         prior: with loss "bce": the probability that a class is a label of an example; biases begin at its log-odds.
             None: 1 / n_classes. With squared hinge they begin at -1, with softmax at 0.
+        dense_head: so many classes, the first ones, have a dense row each in place of fan_in inputs (`frequent`). Meant
+            for the most frequent classes, with `class_order`. Rewiring leaves them alone.
+        class_order: `[n_classes]`, a permutation, as `widehead.order_classes` makes: row i of the head is class
+            class_order[i]. What comes in and goes out keeps the classes' own numbers; equal scores are in the order of
+            the rows. None: as they are numbered. With `group_size` above 1 neighbours share their inputs.
         seed: of the first weights and inputs, of rewiring and stochastic rounding.
         label_smoothing, lse_penalty, ignore_index, class_weight, bias, reduction, dtype: see `DenseHead`.
 
     Attributes:
-        weight: `[n_classes, fan_in]`; a bfloat16 head's is uint16, bits.
-        index: `[ceil(n_classes / group_size), fan_in]`, uint16 where in_features <= 65536, else int32; ascending and
-            distinct in a row.
-        bias: `[n_classes]` or None.
+        weight: `[n_classes - dense_head, fan_in]`; a bfloat16 head's is uint16, bits.
+        index: `[ceil((n_classes - dense_head) / group_size), fan_in]`, uint16 where in_features <= 65536, else int32;
+            ascending and distinct in a row.
+        bias: `[n_classes - dense_head]` or None.
+        frequent: the `DenseHead` of the first classes, or None; it is trained by this head's `step`.
+        order: `class_order`, or None.
 
     Raises:
         ShapeError: an option out of its range, or fan_in larger than in_features.
@@ -63,6 +71,7 @@ class SparseHead(OutputHead):
     prefix = "sparse"
     integers: ClassVar[frozenset[str]] = frozenset({"index"})
     options: SparseOptions
+    frequent: DenseHead | None
 
     def __init__(
         self,
@@ -79,6 +88,8 @@ class SparseHead(OutputHead):
         rewire_threshold: float | None = None,
         rewire_keep_value: bool = False,
         prior: float | None = None,
+        dense_head: int = 0,
+        class_order: ArrayLike | None = None,
         label_smoothing: float = 0.0,
         lse_penalty: float = 0.0,
         ignore_index: int = -100,
@@ -101,6 +112,8 @@ class SparseHead(OutputHead):
             rewire_threshold=rewire_threshold,
             rewire_keep_value=rewire_keep_value,
             prior=prior,
+            dense_head=dense_head,
+            class_order=class_order,
             label_smoothing=label_smoothing,
             lse_penalty=lse_penalty,
             ignore_index=ignore_index,
@@ -118,16 +131,26 @@ class SparseHead(OutputHead):
         n_classes: int,
         *,
         class_weight: ArrayLike | None = None,
+        class_order: ArrayLike | None = None,
         bias: bool = True,
         dtype: str = "float32",
         seed: int = 0,
         **options: Any,
     ) -> None:
         self.options = SparseOptions(**options)
+        self._first_class = self.options.dense_head
+        if isinstance(n_classes, int | np.integer) and n_classes >= 1:
+            check_dense_head(self._first_class, n_classes)
         self._allocate(in_features, n_classes, bias, dtype, seed, self.options.fan_in)
         check_fan_in(self.options.fan_in, self.in_features)
         self._index = self._empty_index()
         self.class_weight = checked_class_weight(class_weight, self.n_classes)
+        self._order = None if class_order is None else ClassOrder(class_order, self.n_classes)
+        self.frequent = None
+        if self._first_class:
+            self.frequent = DenseHead(
+                self.in_features, self._first_class, loss=self.options.loss, bias=bias, dtype=dtype, seed=seed
+            )
 
     def __repr__(self) -> str:
         o = self.options
@@ -135,6 +158,11 @@ class SparseHead(OutputHead):
             f"SparseHead({self.in_features}, {self.n_classes}, fan_in={o.fan_in}, loss={o.loss!r}, "
             f"group_size={o.group_size}, dtype={self.dtype!r})"
         )
+
+    @property
+    def order(self) -> NDArray[np.int64] | None:
+        """`[n_classes]`: row i of the head is class order[i]; None: as they are numbered. Not to be written to."""
+        return None if self._order is None else self._order.order
 
     @property
     def index(self) -> NDArray:
@@ -151,6 +179,25 @@ class SparseHead(OutputHead):
         seed on every machine; biases as `prior` says."""
         _core.draw_index(index=self._index, in_features=self.in_features, seed=self.seed)
         super().reset_parameters()
+        if self.frequent is not None:
+            self.frequent.reset_parameters()
+            if self.frequent._bias is not None:
+                self.frequent._bias[:] = self._first_bias()
+
+    def reset_optimizer(self) -> None:
+        super().reset_optimizer()
+        if self.frequent is not None:
+            self.frequent.reset_optimizer()
+
+    def set_bias(self, value: ArrayLike) -> None:
+        value = np.asarray(value)
+        if self._bias is None or value.shape != (self.n_classes,):
+            want = "no bias" if self._bias is None else f"shape [n_classes] = [{self.n_classes}]"
+            raise ShapeError(f"bias: expected {want}, got shape {list(value.shape)}")
+        rows = value if self._order is None else value[self._order.order]
+        self.bias = rows[self._first_class :]
+        if self.frequent is not None:
+            self.frequent.bias = rows[: self._first_class]
 
     def rewire(
         self,
@@ -192,7 +239,7 @@ class SparseHead(OutputHead):
 
     def grow(self, n_classes: int, *, class_weight: ArrayLike | None = None) -> None:
         """Adds classes at the end, up to `n_classes`, with the weights and inputs of a head made with so many classes;
-        those that complete a group have the group's inputs.
+        those that complete a group have the group's inputs. None of them is among the frequent ones.
 
         A head with class weights takes new ones `[n_classes]`.
         """
@@ -201,12 +248,13 @@ class SparseHead(OutputHead):
         if not isinstance(n_classes, int | np.integer) or n_classes < self.n_classes:
             raise ShapeError(f"n_classes: expected an integer of at least {self.n_classes}, got {n_classes!r}")
         weights = checked_class_weight(class_weight, int(n_classes))
+        order = None if self._order is None else self._order.grown(int(n_classes))
         self._grow(int(n_classes))
         index, old = self._empty_index(), len(self._index)
         index[:old] = self._index
         if old < len(index):
             _core.draw_index(index=index[old:], in_features=self.in_features, seed=self.seed, first_row=old)
-        self._index, self.class_weight = index, weights
+        self._index, self.class_weight, self._order = index, weights, order
 
     def to_dense(self) -> DenseHead:
         """The same function as a `DenseHead`, for checks: a copy with n_classes * in_features weights, nearly all 0."""
@@ -223,15 +271,29 @@ class SparseHead(OutputHead):
             reduction=o.reduction,
             dtype=self.dtype,
         )
-        inputs = np.repeat(self._index.astype(np.int64), o.group_size, axis=0)[: self.n_classes]
+        inputs = np.repeat(self._index.astype(np.int64), o.group_size, axis=0)[: len(self._weight)]
         head.weight[...] = 0
-        np.put_along_axis(head.weight, inputs, self._weight, 1)
-        head.bias = self._bias
+        np.put_along_axis(head.weight[self._first_class :], inputs, self._weight, 1)
+        bias = self._bias
+        if self.frequent is not None:
+            head.weight[: self._first_class] = self.frequent._weight
+            if bias is not None and self.frequent._bias is not None:
+                bias = np.concatenate([self.frequent._bias, bias])
+        if self._order is not None:
+            head.weight = head.weight[self._order.rank]
+            bias = None if bias is None else bias[self._order.rank]
+        head.bias = bias
         return head
 
     def state_dict(self) -> dict[str, NDArray]:
         """The parameters by name, not copied."""
-        return {**super().state_dict(), "index": self._index}
+        state = self._tensors()
+        if self.frequent is not None:
+            state |= {f"frequent.{name}": array for name, array in self.frequent.state_dict().items()}
+        return state if self._order is None else {**state, "order": self._order.order}
+
+    def _tensors(self) -> dict[str, NDArray]:
+        return {**super()._tensors(), "index": self._index}
 
     def load_state_dict(self, state: dict[str, ArrayLike]) -> None:
         """Sets the parameters from arrays of the same shapes; the optimiser's state is forgotten.
@@ -243,9 +305,19 @@ class SparseHead(OutputHead):
         if set(state) != set(own):
             raise ShapeError(f"state: expected the names {sorted(own)}, got {sorted(state)}")
         index = self._checked_index(state["index"])
-        arrays = {name: stored(state[name], like, name) for name, like in own.items() if name != "index"}
+        aside = ("index", "order")
+        arrays = {name: stored(state[name], like, name) for name, like in own.items() if name not in aside}
+        if "order" in state:
+            self._order = ClassOrder(checked_order(state["order"], self.n_classes, "order"), self.n_classes)
         self._weight, self._bias, self._index = arrays["weight"], arrays.get("bias"), index
+        if self.frequent is not None:
+            self.frequent._weight, self.frequent._bias = arrays["frequent.weight"], arrays.get("frequent.bias")
         self.reset_optimizer()
+
+    def _call(self, operation: str, **arguments: Any) -> Any:
+        if self.frequent is None and self._order is None:
+            return super()._call(operation, **arguments)
+        return _block.run(self, operation, arguments)
 
     def _after_step(self) -> None:
         fraction = self.options.fraction_after(self.steps)
@@ -256,7 +328,7 @@ class SparseHead(OutputHead):
         return self.options.first_bias(self.n_classes)
 
     def _empty_index(self) -> NDArray:
-        groups = -(-self.n_classes // self.options.group_size)
+        groups = -(-(self.n_classes - self._first_class) // self.options.group_size)
         return np.empty((groups, self.options.fan_in), np.uint16 if self.in_features <= MAX_UINT16 else np.int32)
 
     def _checked_index(self, value: ArrayLike) -> NDArray:
@@ -275,9 +347,23 @@ class SparseHead(OutputHead):
 
     @classmethod
     def _from_file(cls, file: HeadFile) -> SparseHead:
-        head: SparseHead = super()._from_file(file)
+        own, others = _block.parted(file)
+        head: SparseHead = super()._from_file(own)
         _core.check_index(index=head._index, in_features=head.in_features)
+        if head.frequent is not None:
+            config = head.frequent._config()
+            head.frequent = DenseHead._from_file(HeadFile("DenseHead", config, others, file.state))
         return head
+
+    def _to_file(self, optimizer: bool) -> HeadFile:
+        file = super()._to_file(optimizer)
+        if self.frequent is not None:
+            file.tensors |= _block.named(self.frequent._to_file(optimizer).tensors)
+        return file
+
+    def _option_tensors(self) -> dict[str, NDArray]:
+        order = {} if self._order is None else {"class_order": self._order.order}
+        return super()._option_tensors() | order
 
     def _config(self) -> dict[str, Any]:
         options = {name: getattr(self.options, name) for name in self.options.__dataclass_fields__}

@@ -16,6 +16,7 @@ from . import _checkpoint, _core
 from ._training import SCHEDULES, Examples, Targets, drop_features, encode, log_odds, order_of, progress, rate_at
 from .bag import EmbeddingBag
 from .numpy import DenseHead, SparseHead
+from .order import named_order
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -64,7 +65,9 @@ class Classifier(ClassifierMixin, BaseEstimator):
         features: what makes features of ``X``: an ``NGramHasher`` for a list of strings, or any fitted transformer.
         transform: ``transform(X, epoch)`` gives the examples of an epoch, as many and in the same order: say, with
             typing errors. ``X`` is then what ``features.prepare`` made of the strings, or the matrix.
-        head_options: more arguments of the head, by name.
+        head_options: more arguments of the head, by name. A sparse head's ``class_order`` may be ``"cooccurrence"``:
+            what ``order_classes`` makes of the training data (by features where an example has one class), or
+            ``"frequency"``: the most frequent classes first, as ``dense_head`` wants them.
         seed: of weights, order, negatives, rounding.
         checkpoint: a file into which all state goes every ``checkpoint_every`` seconds and at the end.
         resume: go on from ``checkpoint`` if it is there: the model is then the same, bit for bit, as without the
@@ -317,7 +320,7 @@ class Classifier(ClassifierMixin, BaseEstimator):
     def _build(self, examples: Examples, targets: Targets, names: NDArray[Any] | None) -> None:
         self._names, self.n_classes_ = names, targets.n_classes
         self.n_features_in_ = examples.epoch(0, None).rows(slice(0, 1)).shape[1]
-        options = dict(self.head_options or {})
+        options = named_order(self.head_options or {}, examples, targets, self.seed)
         loss = self.loss or ("squared_hinge" if self.head == "sparse" else "sampled_softmax")
         if loss == "sampled_softmax" and self.head == "dense":
             options["negatives"] = min(self.negatives, self.n_classes_)
@@ -334,7 +337,7 @@ class Classifier(ClassifierMixin, BaseEstimator):
         )
         self.head_ = _HEADS[self.head](width, self.n_classes_, loss=loss, **shared, **options)
         if loss == "bce" and self.head_.bias is not None:
-            self.head_.bias = log_odds(targets)
+            self.head_.set_bias(log_odds(targets))
 
     def _step(self, X: sp.csr_array, target: Any, rate: float, weight: NDArray[Any] | None) -> float:
         options: dict[str, Any] = {"optimizer": self.optimizer, "weight_decay": self.weight_decay}

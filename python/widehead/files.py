@@ -4,8 +4,9 @@ Layout (https://github.com/huggingface/safetensors): 8 bytes little-endian lengt
 tensors' bytes. The metadata of the header holds `widehead` (the format's version), `kind` (the class name of the head),
 `config` (the constructor's arguments by name, JSON), `state` (what else the head goes on with, JSON: `steps`, and
 `optimizer` where its moments are kept) and `checksum` (CRC-32 of all that and of the tensors). Tensors: `weight`,
-`bias`, options that are arrays by the names of their arguments (`class_weight`, `proposal`), and moments as
-`optimizer.<name>`, which a reader may pass over.
+`bias`, options that are arrays by the names of their arguments (`class_weight`, `proposal`, `class_order`), and moments
+as `optimizer.<name>`, which a reader may pass over. A sparse head's dense rows are `frequent.weight` and
+`frequent.bias`, their moments `optimizer.frequent.<name>`.
 
 NumPy has no bfloat16: arrays of uint16 stand for it, here as everywhere in widehead, but for the tensors that
 `integers` names (the `index` of a sparse head), whose data type in the file is U16.

@@ -72,6 +72,7 @@ class SparseOptions:
     ignore_index: int = -100
     lse_penalty: float = 0.0
     reduction: str = "mean"
+    dense_head: int = 0
 
     def __post_init__(self) -> None:
         choose(self.loss, SPARSE_LOSSES, "loss")
@@ -79,6 +80,7 @@ class SparseOptions:
         whole(self.fan_in, 1, "fan_in")
         whole(self.group_size, 1, "group_size")
         whole(self.rewire_every or 0, 0, "rewire_every")
+        whole(self.dense_head, 0, "dense_head")
         if self.rewire_end is not None:
             whole(self.rewire_end, 1, "rewire_end")
         check_rewiring(self.rewire_mode, self.rewire_fraction, self.rewire_threshold)
@@ -132,6 +134,11 @@ def check_rewiring(mode: str, fraction: float, threshold: float | None) -> None:
 def check_fan_in(fan_in: int, in_features: int) -> None:
     if fan_in > in_features:
         raise ShapeError(f"fan_in: expected 1 to in_features = {in_features}, got {fan_in}")
+
+
+def check_dense_head(dense_head: int, n_classes: int) -> None:
+    if dense_head >= n_classes:
+        raise ShapeError(f"dense_head: expected 0 to n_classes - 1 = {n_classes - 1}, got {dense_head}")
 
 
 def _check_loss(options: DenseOptions | SparseOptions, **softmax_only: float | None) -> None:

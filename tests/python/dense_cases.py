@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,6 +39,15 @@ def strided(x: np.ndarray, pad: int) -> np.ndarray:
     wide = np.full((len(x), x.shape[1] + pad), 0x7FC0 if x.dtype == np.uint16 else np.nan).astype(x.dtype)
     wide[:, : x.shape[1]] = x
     return wide[:, : x.shape[1]]
+
+
+def far_apart(x: np.ndarray, stride: int) -> np.ndarray:
+    """The same matrix with `stride` elements from row to row, in memory that is reserved by the page."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)  # named since 3.13
+    memory = mmap.mmap(-1, ((len(x) - 1) * stride + x.shape[1]) * x.itemsize, flags=flags)
+    out = np.ndarray(x.shape, x.dtype, memory, strides=(stride * x.itemsize, x.itemsize))
+    out[...] = x
+    return out
 
 
 @dataclass

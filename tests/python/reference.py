@@ -132,6 +132,36 @@ class Dense:
         self.output = np.where(active, output, 0.0)
         self.output_error = np.where(active, output_error + u * np.abs(output), 0.0)
 
+    def share(self, first: int, end: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """What the classes [first, end) alone give: losses, output and lse, each with a bound on its error.
+
+        The sums over classes that make up the whole's; of softmax without the terms of lse.
+        """
+        z, w = self.z[:, first:end], self.w[first:end]
+        y, mask, active = self.targets.y[:, first:end], self.targets.is_target[:, first:end], self.targets.active
+        zf, e = np.where(np.isfinite(z), z, 0.0), self.z_error[:, first:end]
+        top = z.max(axis=1, initial=-1e300)
+        with np.errstate(divide="ignore"):
+            lse = top + np.log(np.exp(z - top[:, None]).sum(1))
+        if self.loss == "softmax":
+            a = self.label_smoothing
+            parts = -(1 - a) * y * w * zf - a / self.z.shape[1] * w * zf
+            slope = ((1 - a) * np.abs(y) + a / self.z.shape[1]) * w
+        elif self.loss == "bce":
+            parts, slope = w * (np.logaddexp(0.0, z) - y * zf), w * (1 + np.abs(y))
+        else:
+            every = np.maximum(0.0, 1 + z) ** 2
+            parts = w * np.where(mask, y * np.maximum(0.0, 1 - z) ** 2, every)
+            slope = w * 2 * (1 + np.abs(y)) * (1 + np.abs(zf)) * (1 + 4 * self.u / np.maximum(e, TINY) * every)
+        error = (slope * e).sum(1) + self.u * K(len(w)) * (np.abs(parts) + slope * np.abs(zf)).sum(1)
+        keep = [(parts.sum(1), error), ((y * zf).sum(1), (np.abs(y) * (e + 4 * self.u * np.abs(zf))).sum(1))]
+        losses, output = ((np.where(active, x, 0.0), np.where(active, bound, 0.0) + TINY) for x, bound in keep)
+        return {
+            "losses": losses,
+            "output": output,
+            "lse": (lse, e.max(1, initial=0.0) * 2 + 60 * self.u * (1 + abs(lse))),
+        }
+
     def gradients(
         self,
         grad_losses: np.ndarray,

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import mmap
 from typing import Any
 
 import numpy as np
 import pytest
 
-from dense_cases import LOSSES, SHAPES, Case, exact, make, some_shapes, stored, strided, weights_of_examples
+from dense_cases import LOSSES, SHAPES, Case, exact, far_apart, make, some_shapes, stored, strided, weights_of_examples
 from devices import call
 from reference import UNIT, Dense, within
 from widehead import _core
@@ -157,15 +156,6 @@ def test_logits_far_below_zero(unit: str, dtype: str) -> None:
         case = make((130, 97, features), dtype=dtype, device=unit)
         case.bias -= 150
         check(case)
-
-
-def far_apart(x: np.ndarray, stride: int) -> np.ndarray:
-    """The same matrix with `stride` elements from row to row, in memory that is reserved by the page."""
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)  # named since 3.13
-    memory = mmap.mmap(-1, ((len(x) - 1) * stride + x.shape[1]) * x.itemsize, flags=flags)
-    out = np.ndarray(x.shape, x.dtype, memory, strides=(stride * x.itemsize, x.itemsize))
-    out[...] = x
-    return out
 
 
 @pytest.mark.parametrize("shape", [(19, 21, 64), (19, 21, 257)])

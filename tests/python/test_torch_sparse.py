@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 import textwrap
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from torch.library import opcheck  # noqa: E402
 from test_torch_dense import B, D, assert_near, make_batch, make_labels  # noqa: E402
 from test_torch_dense import d as H  # noqa: E402
 from test_torch_optim import FUSED, PLAIN, Net, same, snapshot, unchanged  # noqa: E402
+from torch_devices import raises  # noqa: E402
 from widehead import BackendError, DtypeError, FileError, LabelError, Labels, NonFiniteError, ShapeError  # noqa: E402
 from widehead import numpy as whnp  # noqa: E402
 from widehead.torch import FusedAdam, FusedSGD, SparseHead, sparse_ops  # noqa: E402
@@ -37,13 +39,13 @@ CASES: list[dict[str, Any]] = [
 ]
 
 
-def make_head(dtype: torch.dtype = torch.float64, **options: Any) -> SparseHead:
+def make_head(dtype: torch.dtype = torch.float64, *, device: str = "cpu", **options: Any) -> SparseHead:
     if options.get("class_weight") is True:
         options["class_weight"] = torch.linspace(0.2, 2.0, D)
-    head = SparseHead(H, D, K, dtype=dtype, **{"seed": 3, **options})
+    head = SparseHead(H, D, K, dtype=dtype, **{"seed": 3, "device": device, **options})
     with torch.no_grad():  # biases that differ
         if head.bias is not None:
-            head.bias += torch.linspace(-0.5, 0.5, D)
+            head.bias += torch.linspace(-0.5, 0.5, D, device=device)
     return head
 
 
@@ -52,13 +54,13 @@ def inputs_of(head: SparseHead) -> Tensor:
 
 
 def logits(head: SparseHead, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    dense = torch.zeros(head.n_classes, head.in_features, dtype=weight.dtype).scatter(1, inputs_of(head), weight)
+    dense = weight.new_zeros(head.n_classes, head.in_features).scatter(1, inputs_of(head), weight)
     return F.linear(hidden, dense, bias)
 
 
 def losses_of(head: SparseHead, z: Tensor, y: Tensor) -> Tensor:
     """From all the logits and the labels' weights `[B, D]`, before reduction; `y` of 0 is no label."""
-    c = torch.ones(D, dtype=z.dtype) if head.class_weight is None else head.class_weight.to(z.dtype)
+    c = z.new_ones(D) if head.class_weight is None else head.class_weight.to(z.dtype)
     if head.loss == "softmax":
         lse = z.logsumexp(-1)
         return (y * c * (lse[:, None] - z)).sum(-1) + head.options.lse_penalty * lse**2
@@ -72,10 +74,10 @@ def reduced(head: SparseHead, losses: Tensor) -> Tensor:
 
 
 def train(head: SparseHead, optimizer: Any, steps: range, rewire: Any = None) -> list[float]:
-    losses = []
+    losses, device = [], head.weight.device.type
     for step in steps:
-        hidden, _ = make_batch("cpu", head.weight.dtype, rows=5 + step % 3)
-        labels, _ = make_labels("cpu", rows=5 + step % 3)
+        hidden, _ = make_batch(device, head.weight.dtype, rows=5 + step % 3)
+        labels, _ = make_labels(device, rows=5 + step % 3)
         optimizer.zero_grad()
         loss = head(hidden, labels).loss
         loss.backward()
@@ -94,16 +96,16 @@ def valid_index(head: SparseHead) -> bool:
 
 
 @pytest.mark.parametrize("options", CASES, ids=str)
-def test_losses_and_gradients_equal_torch(options: dict[str, Any]) -> None:
-    head = make_head(**options)
-    hidden, _ = make_batch("cpu")
+def test_losses_and_gradients_equal_torch(options: dict[str, Any], device: str) -> None:
+    head = make_head(device=device, **options)
+    hidden, _ = make_batch(device)
     hidden.requires_grad_()
-    labels, y = make_labels("cpu")  # the first row has no label
+    labels, y = make_labels(device)  # the first row has no label
     z = logits(head, hidden, head.weight, head.bias)
     want = reduced(head, losses_of(head, z, y))
     got = head(hidden, labels)
     assert_near(got.loss, want)
-    upstream = torch.linspace(1, 2, want.numel(), dtype=torch.float64).reshape(want.shape)
+    upstream = torch.linspace(1, 2, want.numel(), dtype=torch.float64, device=device).reshape(want.shape)
     wrt = [hidden, *head.owned_parameters()]
     mine = torch.autograd.grad((got.loss * upstream).sum(), wrt)
     theirs = torch.autograd.grad((want * upstream).sum(), wrt)
@@ -129,33 +131,33 @@ def test_gradcheck(options: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
-def test_equals_cross_entropy(smoothing: float) -> None:
-    head = make_head(loss="softmax", label_smoothing=smoothing)
-    hidden, target = make_batch("cpu", rows=23)
+def test_equals_cross_entropy(smoothing: float, device: str) -> None:
+    head = make_head(device=device, loss="softmax", label_smoothing=smoothing)
+    hidden, target = make_batch(device, rows=23)
     z = logits(head, hidden, head.weight, head.bias)
     output, loss, lse = head(hidden, target, return_lse=True)
     assert_near(loss, F.cross_entropy(z, target, label_smoothing=smoothing))
     assert_near(lse, z.logsumexp(-1))
-    picked = z.log_softmax(-1)[torch.arange(23), target.clamp(min=0)]
+    picked = z.log_softmax(-1)[torch.arange(23, device=device), target.clamp(min=0)]
     assert_near(output, torch.where(target < 0, 0.0, picked))
 
 
-def test_rows_of_all_labels_and_of_none() -> None:
-    indptr = torch.tensor([0, D, D])
+def test_rows_of_all_labels_and_of_none(device: str) -> None:
+    indptr = torch.tensor([0, D, D], device=device)
     for loss in ("squared_hinge", "bce"):
-        head = make_head(loss=loss, reduction="none")
-        hidden = make_batch("cpu")[0][:2]
-        labels = Labels(indptr, torch.arange(D), None, D)
-        y = torch.zeros(2, D, dtype=torch.float64)
+        head = make_head(device=device, loss=loss, reduction="none")
+        hidden = make_batch(device)[0][:2]
+        labels = Labels(indptr, torch.arange(D, device=device), None, D)
+        y = torch.zeros(2, D, dtype=torch.float64, device=device)
         y[0] = 1
         assert_near(head(hidden, labels).loss, losses_of(head, logits(head, hidden, head.weight, head.bias), y))
 
 
 @pytest.mark.parametrize("shape", [(), (5,), (2, 3), (0,)])
-def test_batch_shapes(shape: tuple[int, ...]) -> None:
-    head = make_head(reduction="none")
-    hidden = torch.randn(*shape, H, dtype=torch.float64, requires_grad=True)
-    output, loss = head(hidden, torch.zeros(shape, dtype=torch.int64))
+def test_batch_shapes(shape: tuple[int, ...], device: str) -> None:
+    head = make_head(device=device, reduction="none")
+    hidden = torch.randn(*shape, H, dtype=torch.float64, device=device, requires_grad=True)
+    output, loss = head(hidden, torch.zeros(shape, dtype=torch.int64, device=device))
     assert output.shape == loss.shape == shape
     loss.sum().backward()
     assert hidden.grad is not None and hidden.grad.shape == hidden.shape and head.weight.grad is not None
@@ -163,9 +165,9 @@ def test_batch_shapes(shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"group_size": 16, "bias": False}], ids=str)
-def test_queries(options: dict[str, Any]) -> None:
-    head = make_head(loss="softmax", **options)
-    hidden, _ = make_batch("cpu")
+def test_queries(options: dict[str, Any], device: str) -> None:
+    head = make_head(device=device, loss="softmax", **options)
+    hidden, _ = make_batch(device)
     z = logits(head, hidden, head.weight, head.bias).detach()
     assert_near(head.scores(hidden), z)
     best = z.sort(dim=-1, descending=True, stable=True)
@@ -173,20 +175,20 @@ def test_queries(options: dict[str, Any]) -> None:
     assert torch.equal(got.classes, best.indices[:, :5])
     assert_near(got.scores, best.values[:, :5])
     assert torch.equal(head.predict(hidden), best.indices[:, 0])
-    wanted = torch.tensor([3, D - 1, 3])
+    wanted = torch.tensor([3, D - 1, 3], device=device)
     assert_near(head.scores(hidden, wanted), z[:, wanted])
     assert_near(head.log_prob(hidden), z.log_softmax(-1))
     assert_near(head.lse(hidden), z.logsumexp(-1))
-    seen = Labels(torch.arange(B + 1), best.indices[:, 0].contiguous(), None, D)
+    seen = Labels(torch.arange(B + 1, device=device), best.indices[:, 0].contiguous(), None, D)
     assert torch.equal(head.topk(hidden, 1, exclude=seen).classes[:, 0], best.indices[:, 1])
 
 
-def test_low_precision() -> None:
+def test_low_precision(device: str) -> None:
     """bfloat16 weights keep a float32 bias; only float32 arithmetic separates us from float64."""
-    head = make_head(torch.bfloat16, rewire_every=None)
+    head = make_head(torch.bfloat16, device=device, rewire_every=None)
     assert head.weight.dtype == torch.bfloat16 and head.bias is not None and head.bias.dtype == torch.float32
-    hidden, _ = make_batch("cpu", torch.bfloat16)
-    labels, y = make_labels("cpu")
+    hidden, _ = make_batch(device, torch.bfloat16)
+    labels, y = make_labels(device)
     exact = hidden.double().requires_grad_()
     want = losses_of(head, logits(head, exact, head.weight.double(), head.bias.double()), y).mean()
     hidden.requires_grad_()
@@ -257,14 +259,33 @@ def test_compiled_training_equals_eager(fused: bool) -> None:
 
 @pytest.mark.parametrize("name", list(FUSED))
 @pytest.mark.parametrize("options", [{"rewire_every": None}, {"loss": "bce", "group_size": 16, "bias": False}], ids=str)
-def test_twenty_steps_equal_torch(name: str, options: dict[str, Any]) -> None:
-    fused, plain = make_head(**options), make_head(**options)
+def test_twenty_steps_equal_torch(name: str, options: dict[str, Any], device: str) -> None:
+    fused, plain = make_head(device=device, **options), make_head(device=device, **options)
     assert train(fused, FUSED[name](fused), range(20)) == pytest.approx(
         train(plain, PLAIN[name](plain.parameters()), range(20)), rel=1e-9
     )
     for mine, theirs in zip(fused.owned_parameters(), plain.owned_parameters(), strict=True):
         assert_near(mine.detach(), theirs.detach(), 1e-9)
     assert torch.equal(fused.index, plain.index) and fused.weight.grad is None
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_bad_values_in_fused_mode_change_nothing(scaled: bool, device: str) -> None:
+    """Under a GradScaler they are no error: it skips the step and lowers its scale."""
+    head = make_head(torch.float32, device=device, rewire_every=None)
+    scaler = torch.amp.GradScaler(device, init_scale=64.0, enabled=scaled)
+    optimizer = FusedAdam(head, lr=0.1, grad_scaler=scaler)
+    hidden, target = make_batch(device, torch.float32)
+    for bad, scale in ((False, 64.0), (True, 32.0), (False, 32.0)):
+        before, x = snapshot(head), hidden.clone()
+        optimizer.zero_grad()
+        if bad:
+            x[3, 2] = torch.nan
+        with raises(head, NonFiniteError, match="hidden") if bad and not scaled else nullcontext():
+            scaler.scale(head(x, target).loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        assert unchanged(head, before) == bad and (not scaled or scaler.get_scale() == scale)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -509,9 +530,9 @@ def test_refuses_bad_arguments() -> None:
     assert unchanged(head, before) and torch.equal(head.index, index)
 
 
-def test_non_finite_hidden_in_plain_mode_gives_non_finite_gradients() -> None:
-    head = make_head(torch.float32)
-    hidden, target = make_batch("cpu", torch.float32)
+def test_non_finite_hidden_in_plain_mode_gives_non_finite_gradients(device: str) -> None:
+    head = make_head(torch.float32, device=device)
+    hidden, target = make_batch(device, torch.float32)
     hidden[2, 3] = torch.inf
     head(hidden.requires_grad_(), target).loss.backward()
     assert not bool(torch.isfinite(head.weight.grad).all())

@@ -36,7 +36,7 @@ struct DenseForward {
   DenseLayer layer = {};
   Labels target = {};
   LossOptions loss = {};
-  AnyVector losses = {};  // [B] loss of each example, before any reduction; 0 where ignored
+  AnyVector losses = {};  // [B] loss of each example, before any reduction; 0 where ignored. Of a part: see ranges.h
   AnyVector output = {};  // [B] softmax: log-probability of the target, sum_j y_j (z_j - lse); others: sum_j y_j z_j
   AnyVector lse = {};     // [B] log-sum-exp of the logits, softmax only; DenseBackward wants it
   Device device = {};
@@ -51,7 +51,7 @@ struct DenseBackward {
   DenseLayer layer = {};
   Labels target = {};
   LossOptions loss = {};
-  ConstAnyVector lse = {};          // [B] from dense_forward; softmax only
+  ConstAnyVector lse = {};          // [B] from dense_forward, of all classes; softmax only
   ConstAnyVector grad_losses = {};  // [B]
   ConstAnyVector grad_output = {};  // [B] or empty
   ConstAnyVector grad_lse = {};     // [B] or empty

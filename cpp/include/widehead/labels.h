@@ -13,6 +13,9 @@ struct Labels {
   std::int64_t rows = 0;
   std::int64_t n_classes = 0;
   std::int64_t size = 0;  // length of `indices`; only a GPU needs it, where indptr cannot be read
+  // The layer holds the classes [first_class, first_class + its rows) of n_classes alone; see ranges.h.
+  bool part = false;
+  std::int64_t first_class = 0;
 
   // CPU only.
   std::int64_t nnz() const { return indptr ? indptr[rows] : rows; }

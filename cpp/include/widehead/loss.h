@@ -16,7 +16,7 @@ struct LossOptions {
   double label_smoothing = 0.0;         // softmax, single-label
   double lse_penalty = 0.0;             // softmax
   double softcap = 0.0;                 // z becomes softcap * tanh(z / softcap); 0: off. softmax
-  const float* class_weight = nullptr;  // [n_classes]
+  const float* class_weight = nullptr;  // [n_classes], of all classes where the layer holds a part
   std::int64_t ignore_index = -100;     // single-label
 };
 

@@ -5,7 +5,8 @@
 // Schultheis & Babbar, "Towards memory-efficient training for extremely large output spaces", ECML-PKDD 2023
 // (arXiv 2306.03725). With group_size G the classes of a group, G in a row, share their inputs. Classes are walked in tiles
 // that stay in cache, and a fused step updates the weights of a tile there; no matrix of logits exists. Losses, targets,
-// gradients that come in, and errors are those of dense.h. Results are the same bits for any number of threads.
+// gradients that come in, errors and the rules of a GPU are those of dense.h. Results are the same bits for any number
+// of threads, and on a GPU every time.
 #pragma once
 #include <cstdint>
 
@@ -44,6 +45,8 @@ struct SparseForward {
   Device device = {};
 };
 void sparse_forward(const SparseForward& args);
+// Bytes of device.scratch that the call wants; see DenseForward.
+std::int64_t scratch_bytes(const SparseForward& args);
 
 // See DenseBackward. grad_weight is [D, K], and so is the state of an update.
 struct SparseBackward {
@@ -63,6 +66,7 @@ struct SparseBackward {
   Device device = {};
 };
 void sparse_backward(const SparseBackward& args);
+std::int64_t scratch_bytes(const SparseBackward& args);
 
 struct SparseLogits {
   SparseLayer layer = {};
@@ -70,6 +74,7 @@ struct SparseLogits {
   Device device = {};
 };
 void sparse_logits(const SparseLogits& args);
+std::int64_t scratch_bytes(const SparseLogits& args);
 
 struct SparseScores {
   SparseLayer layer = {};
@@ -79,6 +84,7 @@ struct SparseScores {
   Device device = {};
 };
 void sparse_scores(const SparseScores& args);
+std::int64_t scratch_bytes(const SparseScores& args);
 
 // See DenseTopK.
 struct SparseTopK {
@@ -86,12 +92,14 @@ struct SparseTopK {
   std::int64_t k = 1;
   const std::int64_t* exclude_indptr = nullptr;
   const std::int64_t* exclude_indices = nullptr;
+  std::int64_t exclude_size = 0;
   AnyMatrix scores = {};              // [B, k]
   Matrix<std::int64_t> classes = {};  // [B, k]
   AnyVector lse = {};                 // [B] or empty
   Device device = {};
 };
 void sparse_topk(const SparseTopK& args);
+std::int64_t scratch_bytes(const SparseTopK& args);
 
 // Fills the index with K distinct inputs a row, ascending, uniform among all such sets: a function of (seed, row) alone,
 // so that classes added later, and shards, have the rows of the whole. O(K log K) a row. Throws ShapeError for K > H.

@@ -11,6 +11,7 @@
 #include "widehead/ngrams.h"
 #include "widehead/parallel.h"
 #include "widehead/random.h"
+#include "widehead/ranges.h"
 #include "widehead/rewire.h"
 #include "widehead/rows.h"
 #include "widehead/sampling.h"

@@ -9,12 +9,15 @@
 namespace widehead::cpu {
 
 Prepared::Prepared(const Labels& target, const LossOptions& loss, i64 classes)
-    : rows(static_cast<std::size_t>(target.rows)) {
+    : rows(static_cast<std::size_t>(target.rows)),
+      n_classes(target.n_classes),
+      first_class(target.first_class),
+      part(target.part) {
   const auto add = [&](i64 b, i64 at) {
     const i64 c = target.indices[at];
     const float y = target.values ? target.values[at] : 1.0f;
     RowTargets& row = rows[static_cast<std::size_t>(b)];
-    entries.push_back({c, b, y});
+    if (c >= first_class && c - first_class < classes) entries.push_back({c - first_class, b, y});
     row.total += y;
     row.weighted += static_cast<double>(y) * (loss.class_weight ? loss.class_weight[c] : 1.0f);
   };
@@ -30,10 +33,10 @@ Prepared::Prepared(const Labels& target, const LossOptions& loss, i64 classes)
   }
   std::sort(entries.begin(), entries.end(),
             [](const Entry& a, const Entry& b) { return a.cls != b.cls ? a.cls < b.cls : a.row < b.row; });
-  class_weight_sum = static_cast<double>(classes);
+  class_weight_sum = static_cast<double>(n_classes);
   if (loss.class_weight) {
     class_weight_sum = 0;
-    for (i64 c = 0; c < classes; ++c) class_weight_sum += static_cast<double>(loss.class_weight[c]);
+    for (i64 c = 0; c < n_classes; ++c) class_weight_sum += static_cast<double>(loss.class_weight[c]);
   }
 }
 

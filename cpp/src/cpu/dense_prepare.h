@@ -15,12 +15,15 @@ struct RowTargets {
 };
 
 struct Prepared {
-  std::vector<Entry> entries;  // sorted by class, then row
+  std::vector<Entry> entries;  // of the layer's classes, counted from its first; sorted by class, then row
   std::vector<RowTargets> rows;
   std::vector<double> grad_losses, grad_output;  // [batch]; zero where ignored
   double class_weight_sum = 0;
+  i64 n_classes = 0, first_class = 0;  // of all, and the layer's first
+  bool part = false;
 
   Prepared() = default;
+  // classes: that the layer holds.
   Prepared(const Labels& target, const LossOptions& loss, i64 classes);
   void take_gradients(const ConstAnyVector& losses, const ConstAnyVector& output);
   double largest_grad_loss() const;

@@ -99,18 +99,22 @@ inline void put(const AnyVector& v, i64 i, double x) {
 
 // Losses and outputs of every example from the sums over the classes.
 template <class Real>
-void finish_losses(const Prepared& in, const LossOptions& loss, i64 classes, const Partials<Real>& sums,
-                   AnyVector losses, AnyVector output, AnyVector lse_out) {
+void finish_losses(const Prepared& in, const LossOptions& loss, const Partials<Real>& sums, AnyVector losses,
+                   AnyVector output, AnyVector lse_out) {
   for (std::size_t i = 0; i < in.rows.size(); ++i) {
     const auto b = static_cast<i64>(i);
     const RowTargets& row = in.rows[i];
     double value = 0, out = 0;
     if (loss.kind == Loss::softmax) {
-      const double lse = sums.lse(b), a = loss.label_smoothing;
+      const double lse = sums.lse(b), a = loss.label_smoothing, even = a / static_cast<double>(in.n_classes);
       put(lse_out, b, lse);
-      if (row.active) {
+      if (row.active && in.part) {
+        value = -(1 - a) * sums.adjust(b);
+        if (a > 0) value -= even * sums.aux(b);
+        out = sums.output(b);
+      } else if (row.active) {
         value = (1 - a) * (row.weighted * lse - sums.adjust(b)) + loss.lse_penalty * lse * lse;
-        if (a > 0) value += a / static_cast<double>(classes) * (in.class_weight_sum * lse - sums.aux(b));
+        if (a > 0) value += even * (in.class_weight_sum * lse - sums.aux(b));
         out = sums.output(b) - row.total * lse;
       }
     } else if (row.active) {
@@ -137,6 +141,7 @@ template <class Layer>
 DenseContext reading_context(const Layer& layer, const LossOptions& loss, const Prepared& in, const DenseGeometry& g,
                              Arena& a) {
   DenseContext ctx = layer_context(layer, loss);
+  if (ctx.loss.class_weight) ctx.loss.class_weight += in.first_class;
   ctx.entries = in.entries.data();
   ctx.n_entries = static_cast<i64>(in.entries.size());
   ctx.entry_logits = a.bytes(in.entries.size() * static_cast<std::size_t>(g.real_bytes));
@@ -160,7 +165,7 @@ void forward_as(const Args& args, const HeadKernels& k) {
     k.forward(ctx, g, parts.first(p), parts.first(p + 1), sums.parts[static_cast<std::size_t>(p)],
               workspace(Slot::task, g.forward_scratch));
   });
-  finish_losses(in, args.loss, classes, sums, args.losses, args.output, args.lse);
+  finish_losses(in, args.loss, sums, args.losses, args.output, args.lse);
 }
 
 template <class Real>
@@ -197,7 +202,7 @@ template <class Real, class Args>
 void fill_scales(const Args& args, const Prepared& in, const DenseGeometry& g, Real* lse, Real* p_scale,
                  Real* e_scale) {
   const LossOptions& loss = args.loss;
-  const double a = loss.label_smoothing, classes = static_cast<double>(args.layer.weight.rows);
+  const double a = loss.label_smoothing, classes = static_cast<double>(in.n_classes);
   for (i64 b = 0; b < g.padded_batch; ++b) {
     lse[b] = Real(1e30);
     p_scale[b] = e_scale[b] = 0;
@@ -261,7 +266,7 @@ class Backward {
     if (losses) {
       Partials<Real> sums(a, g_, batch_, parts_.count);
       by_batch ? walk_batch(grads[0], &sums) : walk_classes(grads, &sums);
-      finish_losses(in_, args_.loss, args_.layer.weight.rows, sums, args_.losses, args_.output, {});
+      finish_losses(in_, args_.loss, sums, args_.losses, args_.output, {});
     } else {
       by_batch ? walk_batch(grads[0], nullptr) : walk_classes(grads, nullptr);
     }

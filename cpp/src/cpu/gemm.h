@@ -126,7 +126,8 @@ inline void gemm_panel(const typename M::Elem* a, i64 outer, i64 rows, const typ
     const i64 left = rows - i;
     const typename M::Elem* ai = a + (kOrder == Order::rows ? i * kP : i);
     typename M::Real* ci = c + i * kP;
-    if (left >= kMaxRows) {
+    // kRowStep rows alone are too few chains to cover the latency: where they would be left over, two equal groups.
+    if (left >= kMaxRows && left != kMaxRows + kRowStep) {
       micro_rows<M, kOrder, kMaxRows>(ai, outer, b, depth, ci, accumulate, vectors, prefetch);
       i += kMaxRows;
     } else if (left >= 2 * kRowStep) {

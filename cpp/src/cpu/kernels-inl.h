@@ -2,6 +2,7 @@
 #pragma once
 #include "cpu/bag-inl.h"
 #include "cpu/dense-inl.h"
+#include "cpu/matmul-inl.h"
 #include "cpu/sparse-inl.h"
 #include "cpu/update-inl.h"
 
@@ -9,6 +10,7 @@ namespace widehead::cpu::WIDEHEAD_ISA_NAME {
 
 #define WIDEHEAD_STRING_(x) #x
 #define WIDEHEAD_STRING(x) WIDEHEAD_STRING_(x)
-const Kernels kTable = {WIDEHEAD_STRING(WIDEHEAD_ISA_NAME), dense_table(), sparse_table(), update_table(), bag_table()};
+const Kernels kTable = {
+    WIDEHEAD_STRING(WIDEHEAD_ISA_NAME), dense_table(), sparse_table(), update_table(), bag_table(), product_table()};
 
 }  // namespace widehead::cpu::WIDEHEAD_ISA_NAME

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "cpu/bag.h"
+#include "cpu/matmul.h"
 #include "widehead/loss.h"
 #include "widehead/update.h"
 #include "widehead/view.h"
@@ -128,6 +129,7 @@ struct Kernels {
   HeadKernels sparse;
   UpdateKernels update;
   BagKernels bag;
+  ProductKernels product;
 };
 
 const Kernels& kernels();  // of the current unit

@@ -32,7 +32,7 @@ void* allocate(std::size_t size, std::size_t page) {
 }  // namespace
 
 void* workspace(Slot slot, std::size_t bytes) {
-  thread_local Buffer buffers[2];
+  thread_local Buffer buffers[3];
   Buffer& b = buffers[static_cast<int>(slot)];
   if (b.size < bytes || (b.size > kKeep && bytes <= kKeep)) {
     std::free(b.data);

@@ -4,8 +4,9 @@
 
 namespace widehead::cpu {
 
-// A call's own scratch and a task's scratch may be live at once on the calling thread.
-enum class Slot { call, task };
+// A call's own scratch and a task's scratch may be live at once on the calling thread, and either may need a matrix product
+// (matmul.h), which holds the third within one of its tasks only.
+enum class Slot { call, task, product };
 
 // Memory of at least `bytes`, 64-byte aligned, valid until this thread asks for the same slot again. Contents undefined.
 // Throws CapacityError when the system has none.

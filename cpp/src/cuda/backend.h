@@ -3,6 +3,7 @@
 #include <string>
 
 #include "widehead/dense.h"
+#include "widehead/ranges.h"
 #include "widehead/rewire.h"
 #include "widehead/rows.h"
 #include "widehead/sampling.h"
@@ -21,6 +22,19 @@ std::int64_t scratch_bytes(const DenseBackward& args);
 std::int64_t scratch_bytes(const DenseLogits& args);
 std::int64_t scratch_bytes(const DenseScores& args);
 std::int64_t scratch_bytes(const DenseTopK& args);
+void join_softmax(const JoinSoftmax& args);
+std::int64_t scratch_bytes(const JoinSoftmax& args);
+
+void sparse_forward(const SparseForward& args);
+void sparse_backward(const SparseBackward& args);
+void sparse_logits(const SparseLogits& args);
+void sparse_scores(const SparseScores& args);
+void sparse_topk(const SparseTopK& args);
+std::int64_t scratch_bytes(const SparseForward& args);
+std::int64_t scratch_bytes(const SparseBackward& args);
+std::int64_t scratch_bytes(const SparseLogits& args);
+std::int64_t scratch_bytes(const SparseScores& args);
+std::int64_t scratch_bytes(const SparseTopK& args);
 
 void gather_rows(const GatherRows& args);
 void update_rows(const UpdateRows& args);

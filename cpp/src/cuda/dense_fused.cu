@@ -183,7 +183,7 @@ bool fused_fits(const DenseLayer& layer, const Labels& target, const LossOptions
   const ConstAnyMatrix &w = layer.weight, &x = layer.hidden;
   if (size_of(w.dtype) != 2 || w.cols > 128 || w.cols % 8 != 0 || x.rows == 0) return false;
   if (!in_pieces(w.data, w.stride) || (x.dtype == w.dtype && !in_pieces(x.data, x.stride))) return false;
-  if (target.indptr || layer.offset || loss.softcap > 0 || loss.class_weight) return false;
+  if (target.part || target.indptr || layer.offset || loss.softcap > 0 || loss.class_weight) return false;
   if (layer.bias && layer.bias.dtype != Dtype::f32) return false;
   if (update && update->optimizer == Optimizer::adagrad) return false;
   return hardware(device.index).capability >= 80;

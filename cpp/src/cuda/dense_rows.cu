@@ -34,7 +34,7 @@ __device__ bool repeated(const i64* indices, i64 begin, i64 at) {
 __global__ void prepare_targets_kernel(Labels t, LossOptions loss, Report report, RowTargets* rows) {
   const int lane = static_cast<int>(threadIdx.x % 32);
   for (i64 b = global_warp(); b < t.rows; b += warps_in_grid()) {
-    RowTargets row{b, b, 0, 0, RowState::active};
+    RowTargets row{b, b, 0, 0, RowState::active, t.part};
     if (t.indptr) {
       row.begin = t.indptr[b];
       row.end = t.indptr[b + 1];
@@ -214,7 +214,11 @@ __global__ void finish_losses_kernel(LossOptions loss, i64 batch, i64 classes, c
     if (loss.kind == Loss::softmax) {
       const double lse = top + log(sum), a = loss.label_smoothing;
       put(out.lse, b, lse);
-      if (row.state == RowState::active) {
+      if (row.state == RowState::active && row.part) {
+        value = -(1 - a) * adjust;
+        if (a > 0) value -= a / static_cast<double>(classes) * aux;
+        told = output;
+      } else if (row.state == RowState::active) {
         value = (1 - a) * (row.weighted * lse - adjust) + loss.lse_penalty * lse * lse;
         if (a > 0) value += a / static_cast<double>(classes) * (*class_weight_sum * lse - aux);
         told = output - row.total * lse;
@@ -259,8 +263,8 @@ void prepare_gradients(const DenseBackward& args, const RowTargets* rows, const 
   const double most = args.layer.weight.dtype == Dtype::f16 ? 65504.0 : std::numeric_limits<double>::infinity();
   WIDEHEAD_CUDA_CHECK(cudaMemsetAsync(largest, 0, sizeof(float), static_cast<cudaStream_t>(args.device.stream)));
   launch(args.device, blocks_for(batch, kThreads), kThreads, 0, prepare_gradients_kernel<Real>,
-         Incoming{args.grad_losses, args.grad_output, args.grad_lse, args.lse}, args.loss, batch,
-         args.layer.weight.rows, rows, class_weight_sum, strict, most, report, out, largest);
+         Incoming{args.grad_losses, args.grad_output, args.grad_lse, args.lse}, args.loss, batch, args.target.n_classes,
+         rows, class_weight_sum, strict, most, report, out, largest);
 }
 
 void check_finite(const Device& device, const ConstAnyMatrix& m, Argument argument, const Report& report) {

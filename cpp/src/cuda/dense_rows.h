@@ -8,11 +8,12 @@ namespace widehead::cuda {
 
 enum class RowState : std::int32_t { active, ignored, bad };
 
-// Targets of one example: indices[begin .. end), none for an ignored or a bad one, so that kernels may trust them.
+// Targets of one example: indices[begin .. end) of all classes, none for an ignored or a bad one, so that kernels may trust them.
 struct RowTargets {
   i64 begin, end;
   double total, weighted;  // sum of the targets' weights; the same times the classes' weights
   RowState state;
+  bool part;  // the layer holds some of the classes: losses are its share, see ranges.h
 };
 
 // dL/dz = p scale - even + (for targets) terms of loss and output.
@@ -33,19 +34,21 @@ template <class Real>
 struct Problem {
   ConstAnyVector bias;
   const float* offset;
-  const float* class_weight;
+  const float* class_weight;  // of the layer's classes
   Real softcap, smoothing;
-  const i64* indices;
+  const i64* indices;  // of all classes; the layer's begin with first_class
   const float* values;
+  i64 first_class;
 
   Problem(const DenseLayer& layer, const Labels& target, const LossOptions& loss)
       : bias(layer.bias),
         offset(layer.offset),
-        class_weight(loss.class_weight),
+        class_weight(loss.class_weight ? loss.class_weight + target.first_class : nullptr),
         softcap(static_cast<Real>(loss.softcap)),
         smoothing(static_cast<Real>(loss.label_smoothing)),
         indices(target.indices),
-        values(target.values) {}
+        values(target.values),
+        first_class(target.first_class) {}
 };
 
 // Checks the labels and fills rows [B]. Bad ones are reported.

@@ -84,7 +84,7 @@ __device__ inline Real own_logit(const Problem<Real>& p, Real sum) {
 template <class Real>
 __device__ inline bool is_target(const Problem<Real>& p, const RowTargets& row, i64 c) {
   for (i64 j = row.begin; j < row.end; ++j)
-    if (p.indices[j] == c) return true;
+    if (p.indices[j] - p.first_class == c) return true;
   return false;
 }
 
@@ -173,12 +173,12 @@ __global__ void __launch_bounds__(256) accumulate_kernel(Problem<Real> p, TilePl
     LogSum<Real> part = mine.part;
     double output = 0, adjust = 0;
     for (i64 j = row.begin + lane; j < row.end; j += 32) {
-      const i64 c = p.indices[j] - t.first;
+      const i64 cls = p.indices[j] - p.first_class, c = cls - t.first;
       if (c < begin || c >= end) continue;
-      const auto logit = static_cast<double>(own_logit(p, zr[c] + bias_at<Real>(p.bias, p.indices[j])));
+      const auto logit = static_cast<double>(own_logit(p, zr[c] + bias_at<Real>(p.bias, cls)));
       const double y = p.values ? static_cast<double>(p.values[j]) : 1.0;
       output += y * logit;
-      adjust += target_loss<kLoss>(logit, y, static_cast<double>(weight_of(p, p.indices[j])));
+      adjust += target_loss<kLoss>(logit, y, static_cast<double>(weight_of(p, cls)));
     }
     if (kLoss == Loss::softmax)
       for (int step = 16; step > 0; step /= 2) {
@@ -212,14 +212,14 @@ static_assert(kFlagRows == kPatchRows && kFlagColumns == 32 * kVector, "a flag i
 // Bit c of mask[r]: class c of the patch is a target of its example r.
 template <class Real>
 __device__ inline void mark_targets(unsigned (*mask)[kMaskWords], const Problem<Real>& p, const RowTargets* rows,
-                                    i64 patch_rows, i64 first_class) {
+                                    i64 patch_rows, i64 first) {
   for (int i = static_cast<int>(threadIdx.x); i < kPatchRows * kMaskWords; i += kPatchThreads)
     mask[i / kMaskWords][i % kMaskWords] = 0;
   __syncthreads();
   const int lane = static_cast<int>(threadIdx.x % 32);
   for (i64 r = threadIdx.x / 32; r < patch_rows; r += kPatchThreads / 32)
     for (i64 j = rows[r].begin + lane; j < rows[r].end; j += 32) {
-      const i64 c = p.indices[j] - first_class;
+      const i64 c = p.indices[j] - p.first_class - first;
       if (c >= 0 && c < kPatchColumns) atomicOr(&mask[r][c / 32], 1u << (c % 32));
     }
   __syncthreads();
@@ -228,7 +228,7 @@ __device__ inline void mark_targets(unsigned (*mask)[kMaskWords], const Problem<
 template <class Real>
 __device__ inline Real value_of(const Problem<Real>& p, const RowTargets& row, i64 c) {
   for (i64 j = row.begin; j < row.end; ++j)
-    if (p.indices[j] == c) return p.values ? static_cast<Real>(p.values[j]) : Real{1};
+    if (p.indices[j] - p.first_class == c) return p.values ? static_cast<Real>(p.values[j]) : Real{1};
   return 0;
 }
 

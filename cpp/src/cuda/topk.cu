@@ -1,4 +1,4 @@
-// topk.cu -- the best classes of each example: logits tile by tile from cuBLAS, and what is best of them kept in lists
+// topk.cu -- the best classes of each example: logits tile by tile, and what is best of them kept in lists
 //
 // A tile Z [rows, tile] stays in the L2 cache. Its columns are cut into `slots` pieces, the same for all tiles, so that small
 // batches fill the card too; every (slot, row) is an item with a sorted list of its best `width`. A logit that beats the
@@ -6,6 +6,7 @@
 // most logits cost one comparison. At the end the lists of a row are joined. More than kWidth classes take several passes,
 // each for what comes after the one before it. The order of (score, class) is total, so the results do not depend on tiles.
 #include <cmath>
+#include <optional>
 #include <string>
 
 #include "cuda/backend.h"
@@ -163,14 +164,15 @@ template <class Real>
 struct Plan {
   i64 rows, tile, slots, piece, total, width, room;
 
-  explicit Plan(const DenseTopK& args) {
+  Plan(const DenseTopK& args, i64 most_rows) {
     const Hardware& card = hardware(args.device.index);
     const i64 classes = args.layer.weight.rows, cells = card.l2_bytes / 2 / static_cast<i64>(sizeof(Real));
     total = at_most(args.k, classes);
     width = at_most(total, kWidth);
     for (room = kPart; room < width; room *= 2) continue;
     const i64 list_bytes = (width + room) * static_cast<i64>(sizeof(Entry<Real>));
-    rows = at_most(at_most(args.layer.hidden.rows, kMostRows), at_most(cells / 64, kListBytes / list_bytes));
+    rows = at_most(at_most(args.layer.hidden.rows, at_most(kMostRows, most_rows)),
+                   at_most(cells / 64, kListBytes / list_bytes));
     rows = at_least(rows, 1);
     const i64 fit = at_most(cells / rows, kMostColumns), grain = fit < 256 ? 64 : 256;
     tile = at_most(at_least(fit / grain * grain, 64), round_up(classes, 64));
@@ -183,16 +185,13 @@ struct Plan {
 
 template <class Real>
 struct TopKScratch {
-  void *cublas, *hidden;
   Real* z;
   Lists<Real> lists;
   std::uint32_t* excluded;
   std::int32_t* bad;
 
   TopKScratch(const DenseTopK& args, const Plan<Real>& plan, Scratch& scratch)
-      : cublas(scratch.take<char>(kCublasWorkspace)),
-        hidden(take_converted(scratch, args.layer.hidden, plan.rows, args.layer.weight.dtype)),
-        z(scratch.take<Real>(plan.rows * plan.tile)) {
+      : z(scratch.take<Real>(plan.rows * plan.tile)) {
     const i64 items = plan.rows * plan.slots;
     lists.width = static_cast<int>(plan.width);
     lists.room = static_cast<int>(plan.room);
@@ -208,25 +207,22 @@ struct TopKScratch {
 template <class Real>
 class TopKCall {
  public:
-  explicit TopKCall(const DenseTopK& args)
-      : args_(args),
-        memory_(args.device),
-        plan_(args),
-        scratch_(args, plan_, memory_),
-        cublas_(args.device, scratch_.cublas),
-        excluded_(exclude(args, scratch_.excluded, scratch_.bad)) {}
+  TopKCall(const DenseTopK& args, LogitSource& source, Scratch& scratch)
+      : args_(args), source_(source), plan_(args, source.most_rows()), scratch_(args, plan_, scratch) {
+    source.take(plan_.rows, scratch);
+  }
 
-  void run() const {
+  void run() {
+    excluded_ = exclude(args_, scratch_.excluded, scratch_.bad);
     for (i64 first = 0; first < args_.layer.hidden.rows; first += plan_.rows) {
       const i64 rows = at_most(plan_.rows, args_.layer.hidden.rows - first);
-      const Operand hidden =
-          as_factor(args_.device, args_.layer.hidden, first, rows, args_.layer.weight.dtype, scratch_.hidden);
-      for (i64 done = 0; done < plan_.total; done += plan_.width) pass(hidden, first, rows, done);
+      source_.begin(first, rows);
+      for (i64 done = 0; done < plan_.total; done += plan_.width) pass(first, rows, done);
     }
   }
 
  private:
-  void pass(const Operand& hidden, i64 first_row, i64 rows, i64 done) const {
+  void pass(i64 first_row, i64 rows, i64 done) const {
     const DenseLayer& layer = args_.layer;
     Selection<Real> a{};
     a.z = scratch_.z;
@@ -247,30 +243,17 @@ class TopKCall {
     a.classes_stride = args_.classes.stride;
     a.done = done;
     const bool sum = args_.lse && done == 0;
-    for (i64 c = 0; c < layer.weight.rows; c += plan_.tile) tile(a, hidden, c, sum);
+    for (i64 c = 0; c < layer.weight.rows; c += plan_.tile) tile(a, c, sum);
     const bool end = done + a.lists.width == plan_.total;
     Real* lse = sum ? static_cast<Real*>(args_.lse.data) + first_row : nullptr;
     launch(args_.device, static_cast<unsigned>(rows), kThreads, sorting_bytes(), join_slots<Real>, a,
            end ? args_.k : done + a.lists.width, lse);
   }
 
-  void tile(Selection<Real>& a, const Operand& hidden, i64 first, bool sum) const {
+  void tile(Selection<Real>& a, i64 first, bool sum) const {
     const DenseLayer& layer = args_.layer;
     const i64 cols = at_most(plan_.tile, layer.weight.rows - first);
-    const Product product{
-        .m = a.rows,
-        .n = cols,
-        .k = layer.weight.cols,
-        .a = hidden,
-        .b = {static_cast<const char*>(layer.weight.data) + first * layer.weight.stride * size_of(layer.weight.dtype),
-              layer.weight.stride, true},
-        .factors = layer.weight.dtype,
-        .c = scratch_.z,
-        .c_stride = plan_.tile,
-        .result = DtypeOf<Real>::value,
-        .tf32 = layer.tf32,
-    };
-    cublas_.multiply(product);
+    source_.tile(first, cols, scratch_.z, plan_.tile);
     a.first = first;
     a.cols = static_cast<int>(cols);
     const std::size_t aligned = size_of(layer.bias.dtype) == 2 ? alignof(Four<bf16>) : alignof(Four<Real>);
@@ -287,38 +270,82 @@ class TopKCall {
   std::size_t sorting_bytes() const { return static_cast<std::size_t>(2 * plan_.room) * sizeof(Entry<Real>); }
 
   const DenseTopK& args_;
-  Scratch memory_;
+  LogitSource& source_;
   Plan<Real> plan_;
   TopKScratch<Real> scratch_;
-  Cublas cublas_;
   Excluded excluded_;
 };
 
 template <class Real>
-i64 scratch_as(const DenseTopK& args) {
-  Scratch scratch;
-  TopKScratch<Real>(args, Plan<Real>(args), scratch);
-  return scratch.used();
+void select_as(const DenseTopK& args, LogitSource& source, Scratch& scratch) {
+  TopKCall<Real> call(args, source, scratch);
+  if (scratch.real()) call.run();
 }
+
+// Products by cuBLAS.
+class DenseLogitSource : public LogitSource {
+ public:
+  explicit DenseLogitSource(const DenseTopK& args) : layer_(args.layer), device_(args.device) {}
+
+  i64 most_rows() const override { return kMostRows; }
+  void take(i64 rows, Scratch& scratch) override {
+    workspace_ = scratch.take<char>(kCublasWorkspace);
+    room_ = take_converted(scratch, layer_.hidden, rows, layer_.weight.dtype);
+  }
+  void begin(i64 first, i64 rows) override {
+    if (!cublas_) cublas_.emplace(device_, workspace_);
+    hidden_ = as_factor(device_, layer_.hidden, first, rows, layer_.weight.dtype, room_);
+    rows_ = rows;
+  }
+  void tile(i64 first, i64 count, void* z, i64 stride) const override {
+    const ConstAnyMatrix& w = layer_.weight;
+    cublas_->multiply({
+        .m = rows_,
+        .n = count,
+        .k = w.cols,
+        .a = hidden_,
+        .b = {static_cast<const char*>(w.data) + first * w.stride * size_of(w.dtype), w.stride, true},
+        .factors = w.dtype,
+        .c = z,
+        .c_stride = stride,
+        .result = w.dtype == Dtype::f64 ? Dtype::f64 : Dtype::f32,
+        .tf32 = layer_.tf32,
+    });
+  }
+
+ private:
+  const DenseLayer& layer_;
+  const Device& device_;
+  void *workspace_ = nullptr, *room_ = nullptr;
+  std::optional<Cublas> cublas_;
+  Operand hidden_{};
+  i64 rows_ = 0;
+};
 
 }  // namespace
 
-void dense_topk(const DenseTopK& args) {
-  if (args.layer.hidden.rows == 0) return;
+void select_topk(const DenseTopK& args, LogitSource& source, Scratch& scratch) {
   if (args.layer.weight.rows >= kNoClass)
     throw CapacityError("weight: expected fewer than " + std::to_string(kNoClass) + " classes, got " +
                         std::to_string(args.layer.weight.rows));
+  if (args.layer.weight.dtype == Dtype::f64) return select_as<double>(args, source, scratch);
+  select_as<float>(args, source, scratch);
+}
+
+void dense_topk(const DenseTopK& args) {
+  if (args.layer.hidden.rows == 0) return;
   const DeviceGuard guard(args.device);
-  if (args.layer.weight.dtype == Dtype::f64) {
-    TopKCall<double>(args).run();
-  } else {
-    TopKCall<float>(args).run();
-  }
+  Scratch scratch(args.device);
+  DenseLogitSource source(args);
+  select_topk(args, source, scratch);
 }
 
 std::int64_t scratch_bytes(const DenseTopK& args) {
   if (args.layer.hidden.rows == 0) return 0;
-  return args.layer.weight.dtype == Dtype::f64 ? scratch_as<double>(args) : scratch_as<float>(args);
+  Scratch scratch;
+  DenseLogitSource source(args);
+  select_topk(args, source, scratch);
+  return scratch.used();
 }
 
 }  // namespace widehead::cuda

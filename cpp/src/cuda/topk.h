@@ -8,10 +8,25 @@
 
 #include "cuda/intrinsics.h"
 #include "cuda/launch.h"
+#include "widehead/dense.h"
 
 namespace widehead::cuda {
 
 constexpr std::uint32_t kNoClass = ~std::uint32_t{0};
+
+// Where the selection gets logits from, without bias, soft cap and offset.
+class LogitSource {
+ public:
+  virtual ~LogitSource() = default;
+  virtual i64 most_rows() const = 0;                                       // of the batch at a time
+  virtual void take(i64 rows, Scratch& scratch) = 0;                       // memory for so many examples at a time
+  virtual void begin(i64 first, i64 rows) = 0;                             // tiles are of these examples from now on
+  virtual void tile(i64 first, i64 count, void* z, i64 stride) const = 0;  // of these classes
+};
+
+// The best classes by the logits of `source`; of args.layer only what both heads have is looked at. With a scratch that
+// only counts, it only takes memory.
+void select_topk(const DenseTopK& args, LogitSource& source, Scratch& scratch);
 
 template <class Real>
 struct alignas(2 * sizeof(Real)) Entry {

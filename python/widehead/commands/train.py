@@ -53,6 +53,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--dropout", type=float, default=0.0, help="share of the features left out (default: 0)")
     model.add_argument("--fan-in", type=common.count, metavar="K", help="of a sparse head (default: 32)")
     model.add_argument("--group-size", type=common.count, metavar="G", help="of a sparse head (default: 1)")
+    model.add_argument(
+        "--dense-head",
+        type=common.count,
+        metavar="N",
+        help="dense rows for the N most frequent labels (sparse head)",
+    )
+    model.add_argument(
+        "--group-labels",
+        action="store_true",
+        default=None,
+        help="labels that occur together share a group (sparse head)",
+    )
     model.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights")
     model.add_argument("--scale", type=float, default=8.0, help="length that hidden vectors are given (default: 8)")
     model.add_argument("--negatives", type=common.count, default=512, help="of sampled softmax, a batch (default: 512)")
@@ -147,11 +159,14 @@ def _parameters(arguments: argparse.Namespace, train: Dataset) -> dict[str, Any]
     out["intermediate"] = arguments.intermediate or (4096 if sparse else None)
     out["optimizer"] = arguments.optimizer or ("adam" if sparse else "adagrad")
     out["lr"] = (1e-3 if sparse else 0.1) if arguments.lr is None else arguments.lr
-    asked = {name: getattr(arguments, name) for name in ("fan_in", "group_size")}
+    asked = {name: getattr(arguments, name) for name in ("fan_in", "group_size", "dense_head", "group_labels")}
     asked = {name: value for name, value in asked.items() if value is not None}
     if asked and not sparse:
         raise ValueError(f"--{next(iter(asked)).replace('_', '-')}: belongs to --head sparse, the head is dense")
     if sparse:
+        grouped = asked.pop("group_labels", False)
+        if grouped or asked.get("dense_head"):
+            asked["class_order"] = "cooccurrence" if grouped else "frequency"
         out["head_options"] = asked
     out["batch_size"] = batch = arguments.batch_size or _batch_size(len(train))
     out["epochs"] = arguments.epochs or min(10, max(3, round(_STEPS * batch / len(train))))

@@ -1,8 +1,8 @@
 """_autograd.py -- gradients of the heads' losses: plain ones, those of a fused step, and how torch is told of them.
 
 The loss operator of every head takes, in this order, hidden `[B, in_features]`, weight, bias, one more tensor or None,
-the targets (indptr, indices, values), class_weight, and anchor and control of a fused optimiser (both or neither); the
-options follow. It returns losses, output and lse.
+the targets (indptr, indices, values), class_weight, and anchor and control of a fused optimiser (both or neither); then
+weight and bias of a second layer, if it has one; the options follow. It returns losses, output and lse.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def incoming(
 
 
 def empty_gradients(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: tuple[bool, bool, bool]
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: tuple[bool, ...]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Places for the gradients to hidden, weight and bias; of no elements where one is not needed."""
     return (
@@ -64,35 +64,46 @@ def plain_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Runs `backward(grad_hidden=, grad_weight=, grad_bias=)` of the core."""
     outputs = empty_gradients(hidden, weight, bias, needs)
-    grad_hidden, grad_weight, grad_bias = outputs
+    names = ("grad_hidden", "grad_weight", "grad_bias")
+
+    def fill() -> None:
+        backward(**{n: capsule(g) if need else None for n, g, need in zip(names, outputs, needs, strict=True)})
+
+    fill_gradients(hidden, outputs, needs[0], fill)
+    return outputs
+
+
+def fill_gradients(hidden: Tensor, outputs: tuple[Tensor, ...], need_hidden: bool, fill: Callable[[], None]) -> None:
+    """Runs `fill`, which computes the outputs, gradient to hidden first: 0 of an empty batch, NaN where one is not
+    finite."""
     if not hidden.shape[0]:
         for gradient in outputs:
             gradient.zero_()
-        return outputs
+        return
     try:
-        names = ("grad_hidden", "grad_weight", "grad_bias")
-        backward(**{n: capsule(g) if need else None for n, g, need in zip(names, outputs, needs, strict=True)})
+        fill()
     except NonFiniteError:
         # As every torch layer: the gradient is not a number, and whoever looks at it (a GradScaler) skips the step.
         for gradient in outputs:
             gradient.fill_(torch.nan)
     # Where float16 could not carry the gradient to the backbone, the weights must not take their step either.
-    if hidden.dtype != torch.float16 or not needs[0]:
-        return outputs
-    finite = torch.isfinite(grad_hidden).all()
-    if on_gpu(hidden):
-        grad_weight.masked_fill_(~finite, torch.nan)
-        grad_bias.masked_fill_(~finite, torch.nan)
-    elif not finite:
-        grad_weight.fill_(torch.nan)
-        grad_bias.fill_(torch.nan)
-    return outputs
+    if hidden.dtype != torch.float16 or not need_hidden:
+        return
+    finite = torch.isfinite(outputs[0]).all()
+    for gradient in outputs[1:]:
+        if on_gpu(hidden):
+            gradient.masked_fill_(~finite, torch.nan)
+        elif not finite:
+            gradient.fill_(torch.nan)
 
 
 def fused_gradients(
-    control: Tensor, hidden: Tensor, weight: Tensor, need_hidden: bool, backward: Callable[..., Any]
+    control: Tensor, hidden: Tensor, weight: Tensor, need_hidden: bool, backward: Callable[..., Any], layers: int = 1
 ) -> tuple[Tensor, Tensor]:
     """Runs `backward(factor, ...)` of the core with the step of the optimiser that `control` leads to.
+
+    Args:
+        layers: of the head; see `fused_backward`.
 
     Returns:
         grad_hidden `[B, in_features]` (empty when not needed) and the anchor's gradient, 0-d: 0, or infinity when an
@@ -108,9 +119,9 @@ def fused_gradients(
         return grad_hidden, report
     wanted = grad_hidden if need_hidden else None
     if on_gpu(hidden):
-        report = fused_backward_on_gpu(owner, backward, weight, wanted)
+        report = fused_backward_on_gpu(owner, backward, weight, wanted, layers)
         control[PENDING] = 1
-    elif fused_backward(owner, backward, wanted):
+    elif fused_backward(owner, backward, wanted, layers):
         control[PENDING] = 1
     else:
         report.fill_(torch.inf)
@@ -121,27 +132,31 @@ def fake_fused_gradients(hidden: Tensor, need_hidden: bool) -> tuple[Tensor, Ten
     return hidden.new_empty(hidden.shape if need_hidden else (0,)), hidden.new_empty((), dtype=torch.float32)
 
 
-def register_loss(loss: Any, gradient: Any, fused_gradient: Any) -> None:
+def register_loss(loss: Any, gradient: Any, fused_gradient: Any, layers: int = 1) -> None:
     """Gives the operator `loss` its derivative.
 
     Args:
         gradient: operator of the loss's tensors without anchor and control, then lse, the three gradients that come in,
-            the options, and which of grad_hidden, grad_weight, grad_bias are needed.
+            the options, and which of grad_hidden, grad_weight, grad_bias (then those of a second layer) are needed.
         fused_gradient: the same with control before lse, and whether grad_hidden is needed.
+        layers: 2 where the operator takes weight and bias of a second one.
     """
+    tensors_in = TENSORS + 2 * (layers - 1)
+    trained = (0, 1, 2, *range(TENSORS, tensors_in))
 
     def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.save_for_backward(*inputs[:_ANCHOR], inputs[_CONTROL], output[2])
-        ctx.options = inputs[TENSORS:]
+        ctx.save_for_backward(*inputs[:_ANCHOR], *inputs[TENSORS:tensors_in], inputs[_CONTROL], output[2])
+        ctx.options = inputs[tensors_in:]
         ctx.fused = inputs[_CONTROL] is not None
 
     def backward(ctx: Any, grad_losses: Tensor, grad_output: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
-        grads: list[Tensor | None] = [None] * (TENSORS + len(ctx.options))
+        grads: list[Tensor | None] = [None] * (tensors_in + len(ctx.options))
         if not ctx.fused:
             *tensors, _, lse = ctx.saved_tensors
-            needs = [ctx.needs_input_grad[i] for i in range(3)]
+            needs = [ctx.needs_input_grad[i] for i in trained]
             found = gradient(*tensors, lse, grad_losses, grad_output, grad_lse, *ctx.options, *needs)
-            grads[:3] = [g if need else None for g, need in zip(found, needs, strict=True)]
+            for at, g, need in zip(trained, found, needs, strict=True):
+                grads[at] = g if need else None
             return tuple(grads)
         if torch.is_grad_enabled():
             raise Error("create_graph (double backward) is refused in fused mode: backward updates the weights")

@@ -42,7 +42,7 @@ def take_parameters(
     taken = {name: to_tensor(array, device, name in integers) for name, array in found.items()}
     for name, tensor in taken.items():
         # A bias may be in any type that the core takes.
-        kinds = [torch.float32, torch.bfloat16, torch.float64] if name == "bias" else [like[name].dtype]
+        kinds = [torch.float32, torch.bfloat16, torch.float64] if name.endswith("bias") else [like[name].dtype]
         right = tensor.dtype in kinds
         if tensor.shape != like[name].shape or not right:
             raise DtypeError(

@@ -10,13 +10,18 @@ from torch import Tensor
 from widehead import _core
 from widehead._core import NonFiniteError
 
-from ._device import NUMBERS, capsule, faults_of, gpu_of
+from ._device import NUMBERS, faults_of, gpu_of
+from ._device import capsule as _capsule
 from ._owner import Owner
 
 if TYPE_CHECKING:
     from widehead._core import Gpu
 
 _threads_seen = 0
+
+
+def _same(tensor: Tensor | None) -> Tensor | None:
+    return tensor
 
 
 def follow_threads() -> None:
@@ -40,18 +45,20 @@ def sum_dtype(weight: Tensor) -> torch.dtype:
     return torch.float64 if weight.dtype == torch.float64 else torch.float32
 
 
-def update_capsules(owner: Owner) -> dict[str, Any]:
-    """The owner's next step as the core takes it; its capsules serve one call."""
-    return {name: capsule(v) if isinstance(v, Tensor) else v for name, v in owner.update().items()}
+def update_capsules(owner: Owner, layer: int = 0) -> dict[str, Any]:
+    """The owner's next step on a layer of its head, as the core takes it; its capsules serve one call."""
+    return {name: _capsule(v) if isinstance(v, Tensor) else v for name, v in owner.update(layer).items()}
 
 
-def fused_backward(owner: Owner, backward: Any, grad_hidden: Tensor | None) -> bool:
+def fused_backward(owner: Owner, backward: Any, grad_hidden: Tensor | None, layers: int = 1) -> bool:
     """Run `backward(factor, grad_hidden=, update=)` under the rules of the owner's GradScaler; False: overflow, no
     change.
 
-    Gradients come in multiplied by the scale: the weights need them without it, the backbone with it.
+    Gradients come in multiplied by the scale: the weights need them without it, the backbone with it. A head of several
+    layers gets `grad_hidden` as a tensor, which it sums up itself, and a list of updates.
     """
-    update = update_capsules(owner)
+    capsule = _same if layers > 1 else _capsule
+    update = update_capsules(owner) if layers == 1 else [update_capsules(owner, layer) for layer in range(layers)]
     scaler = owner.scaler()
     if scaler is None:
         backward(None, grad_hidden=capsule(grad_hidden), update=update)
@@ -118,16 +125,23 @@ class DeviceStep:
         return torch.where(bad, torch.inf, 0.0).to(torch.float32)
 
 
-def fused_backward_on_gpu(owner: Owner, backward: Any, weight: Tensor, grad_hidden: Tensor | None) -> Tensor:
-    """`fused_backward` on a GPU, `backward` with `gpu=`; returns the anchor's gradient."""
+def fused_backward_on_gpu(
+    owner: Owner, backward: Any, weight: Tensor, grad_hidden: Tensor | None, layers: int = 1
+) -> Tensor:
+    """`fused_backward` on a GPU, `backward` with `gpu=` (of several layers a list); returns the anchor's gradient."""
     step = DeviceStep(owner, weight)
-    update = update_capsules(owner)
+    capsule = _same if layers > 1 else _capsule
+    update = update_capsules(owner) if layers == 1 else [update_capsules(owner, layer) for layer in range(layers)]
+
+    def gpu() -> Any:
+        return step.gpu(weight) if layers == 1 else [step.gpu(weight) for _ in range(layers)]
+
     if step.scale is not None and grad_hidden is not None and grad_hidden.dtype == torch.float16:
-        backward(None, grad_hidden=capsule(grad_hidden), gpu=step.gpu(weight))
+        backward(None, grad_hidden=capsule(grad_hidden), gpu=gpu())
         step.refuse_unless(torch.isfinite(grad_hidden).all())
-        backward(step.inverse, update=update, gpu=step.gpu(weight))
+        backward(step.inverse, update=update, gpu=gpu())
     else:
-        backward(step.inverse, grad_hidden=capsule(grad_hidden), update=update, gpu=step.gpu(weight))
+        backward(step.inverse, grad_hidden=capsule(grad_hidden), update=update, gpu=gpu())
         if step.scale is not None and grad_hidden is not None:
             grad_hidden.mul_(step.scale)
     return step.close(grad_hidden)

@@ -61,6 +61,8 @@ class Head(nn.Module):
     weight: nn.Parameter
     bias: nn.Parameter | None
     seed: int
+    first_class = 0  # classes before those of `weight`, which another layer of the head holds
+    inner = False  # whether this is such a layer
 
     def __init__(
         self,
@@ -239,7 +241,11 @@ class Head(nn.Module):
 
     def owned_parameters(self) -> list[nn.Parameter]:
         """What a fused optimiser updates."""
-        return [self.weight] if self.bias is None else [self.weight, self.bias]
+        return [p for layer in self.layers() for p in (layer.weight, layer.bias) if p is not None]
+
+    def layers(self) -> tuple[Head, ...]:
+        """What has a weight and a bias: this head first."""
+        return (self,)
 
     def _named(self) -> dict[str, Tensor]:
         return {"weight": self.weight} if self.bias is None else {"weight": self.weight, "bias": self.bias}
@@ -251,20 +257,21 @@ class Head(nn.Module):
     def _fill(self, out: Tensor, first_row: int) -> None:
         """The first weights of rows from `first_row` on: uniform in [-1, 1) / sqrt(columns)."""
         bound = 1.0 / math.sqrt(out.shape[1])
-        where, gpu = _device.capsule(out), _device.gpu_of(out)
-        _core.init_uniform(out=where, low=-bound, high=bound, seed=self.seed, first_row=first_row, gpu=gpu)
+        where, gpu, row = _device.capsule(out), _device.gpu_of(out), self.first_class + first_row
+        _core.init_uniform(out=where, low=-bound, high=bound, seed=self.seed, first_row=row, gpu=gpu)
 
     def _grow_parameters(self, n_classes: int, first_bias: float = 0.0) -> None:
         """Weight, bias and the state of a fused optimiser for `n_classes`, the new rows as in a new head."""
-        old, self.n_classes = self.n_classes, int(n_classes)
-        weight = self.weight.new_empty(n_classes, self.weight.shape[1])
+        old, self.n_classes = self.weight.shape[0], int(n_classes)
+        rows = self.n_classes - self.first_class
+        weight = self.weight.new_empty(rows, self.weight.shape[1])
         weight[:old] = self.weight
         self._fill(weight[old:], old)
         _replace(self.weight, weight)
         if self.bias is not None:
-            _replace(self.bias, torch.cat([self.bias, self.bias.new_full((n_classes - old,), first_bias)]))
+            _replace(self.bias, torch.cat([self.bias, self.bias.new_full((rows - old,), first_bias)]))
         if self._owner is not None:
-            self._owner.optimizer.grow(self._owner, old)
+            self._owner.optimizer.grow(self._owner)
 
     def enter_ownership(self, owner: Owner) -> None:
         self._owner, self._anchor, self._control = owner, owner.anchor, owner.control

@@ -48,9 +48,11 @@ class Owner:
     def name(self) -> str:
         return f"{type(self.head).__name__}({self.head.in_features}, {self.head.n_classes})"
 
-    def update(self) -> dict[str, Any]:
-        """What the core needs to know of the optimiser's next step on this head: numbers, names and state tensors."""
-        return self.optimizer.core_update(self)
+    def update(self, layer: int = 0) -> dict[str, Any]:
+        """What the core needs to know of the optimiser's next step on a layer of this head (one of `Head.layers()`):
+        numbers, names and state tensors.
+        """
+        return self.optimizer.core_update(self, layer)
 
     def slots(self) -> dict[str, Tensor]:
         """The optimiser's state of the head's weight that has a number a weight, by the core's names."""

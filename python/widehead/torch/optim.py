@@ -88,6 +88,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                     f"heads: {head._owner.name} is owned by a {type(head._owner.optimizer).__name__} already; "
                     "call head.release() first"
                 )
+            check(not head.inner, "heads: expected the head itself, not the layer of its frequent classes")
         check(len({id(head) for head in heads}) == len(heads), "heads: expected each head once")
         self._check_group({**self.defaults, **group}, heads)
         owners = [Owner(head, self, len(self.param_groups)) for head in heads]
@@ -158,28 +159,30 @@ class FusedOptimizer(torch.optim.Optimizer):
             "it into a new one"
         )
 
-    def core_update(self, owner: Owner) -> dict[str, Any]:
-        """The next step on this head, as the core takes it; tensors where it takes arrays."""
-        head, group = owner.head, self.param_groups[owner.group_index]
+    def core_update(self, owner: Owner, layer: int = 0) -> dict[str, Any]:
+        """The next step on a layer of this head, as the core takes it; tensors where it takes arrays."""
+        head, group = owner.head.layers()[layer], self.param_groups[owner.group_index]
         update = {
             "optimizer": self.optimizer_name,
             "rounding": group["rounding"] or "stochastic",
             "weight_decay": float(group["weight_decay"]),
             "seed": int(group["seed"]),
             **self._core_options(group),
-            **self._counted(head.weight, group["lr"]),
+            **self._counted(owner.head.weight, group["lr"]),
         }
-        update |= self.slots(owner)
+        if head.first_class:
+            update["first_row"] = head.first_class
+        update |= self.slots(owner, layer)
         if head.bias is not None:
             state = self._state_of(head.bias)
             for name, key in zip(("bias_first", "bias_second"), self._moments(group), strict=False):
                 update[name] = state[key]
         return update
 
-    def slots(self, owner: Owner) -> dict[str, Tensor]:
-        """State of the head's weight that has its shape, by the core's names."""
-        head, group = owner.head, self.param_groups[owner.group_index]
-        state = self._state_of(head.weight)
+    def slots(self, owner: Owner, layer: int = 0) -> dict[str, Tensor]:
+        """State of the weight of a layer of the head that has its shape, by the core's names."""
+        head, group = owner.head.layers()[layer], self.param_groups[owner.group_index]
+        state = self._state_of(head.weight, counted=head is owner.head)
         slots = {name: state[key] for name, key in zip(("first", "second"), self._moments(group), strict=False)}
         if group["rounding"] == "kahan" and head.weight.dtype in HALVES:
             slots["compensation"] = state["compensation"]
@@ -205,16 +208,16 @@ class FusedOptimizer(torch.optim.Optimizer):
             return {**counted, "device_lr": there.reshape(1)}
         return {**counted, "lr": float(lr)}
 
-    def grow(self, owner: Owner, old: int) -> None:
-        """Extend the state of a head that had `old` classes: zeros for the new ones, as at the start."""
+    def grow(self, owner: Owner) -> None:
+        """Extend the state of a head that has grown: zeros for the new classes, as at the start."""
         for parameter in owner.head.owned_parameters():
             for key, value in self.state.get(parameter, {}).items():
                 if value.dim():
-                    fresh = value.new_zeros(parameter.shape[0] - old, *value.shape[1:])
+                    fresh = value.new_zeros(parameter.shape[0] - len(value), *value.shape[1:])
                     self.state[parameter][key] = torch.cat([value, fresh])
 
-    def _state_of(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        """The parameter's state, made at its first use."""
+    def _state_of(self, parameter: nn.Parameter, counted: bool = True) -> dict[str, Tensor]:
+        """The parameter's state, made at its first use; counted: a weight has the head's step count."""
         group = next((g for g in self.param_groups if any(p is parameter for p in g["params"])), None)
         if group is None:
             raise Error(
@@ -226,7 +229,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             if key not in state:
                 state[key] = torch.zeros_like(parameter, dtype=kind, requires_grad=False)
         if parameter.dim() == 2:
-            if "step" not in state:
+            if counted and "step" not in state:
                 device = parameter.device if on_gpu(parameter) else "cpu"
                 state["step"] = torch.zeros((), dtype=torch.int64, device=device)
             if group["rounding"] == "kahan" and parameter.dtype in HALVES and "compensation" not in state:

@@ -5,25 +5,27 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from widehead import _core
 from widehead._core import BackendError, DtypeError, ShapeError
-from widehead.options import SPARSE_LOSSES, SparseOptions, check_fan_in
+from widehead.options import SPARSE_LOSSES, SparseOptions, check_dense_head, check_fan_in
 
-from . import _device, sparse_ops
+from . import _device
 from ._device import on_gpu
 from ._glue import follow_threads, sum_dtype
 from ._head import Head, check, checked_class_weight, checked_seed, checked_weight_dtype
-from ._target import Target
+from ._order import order_array
+from ._sparse_rows import SparseRows
 from .heads import DenseHead
 
 MAX_UINT16 = 65536
 _CHUNK = 1 << 16  # rows of an optimiser's state that are carried along at a time
 
 
-class SparseHead(Head):
+class SparseHead(SparseRows):
     """Balanced sparse output layer: every class has the same small number of inputs, and they move in training.
 
     z[b, c] = bias[c] + sum_k weight[c, k] hidden[b, index[c, k]] (Schultheis & Babbar, ECML-PKDD 2023, arXiv
@@ -48,16 +50,22 @@ class SparseHead(Head):
         rewire_keep_value: a moved connection keeps its small weight, as in the paper, in place of 0.
         prior: with loss "bce": the probability that a class is a label of an example; biases begin at its log-odds.
             None: 1 / n_classes. With squared hinge they begin at -1, with softmax at 0.
+        dense_head: so many classes, the first ones, have a dense row each in place of fan_in inputs: the submodule
+            `frequent`, a `DenseHead` that this head computes and trains with the rest. Meant for the most frequent
+            classes, with `class_order`. Rewiring leaves them alone.
+        class_order: `[D]`, a permutation, as `widehead.order_classes` makes: row i of the head is class class_order[i].
+            What comes in and goes out keeps the classes' own numbers; equal scores are in the order of the rows. None:
+            as they are numbered. With `group_size` above 1 neighbours share their inputs.
         bias, reduction, class_weight, label_smoothing, lse_penalty, ignore_index: see `DenseHead`.
         dtype: float32, bfloat16 (the bias stays float32) or float64 (checks).
 
     Shape:
         weight `[D, K]`, bias `[D]`, index `[ceil(D / G), K]`: a buffer, torch.uint16 where H <= 65536, else int32,
-        ascending and distinct in a row. hidden `[..., H]`; see `forward`.
+        ascending and distinct in a row. hidden `[..., H]`; see `forward`. With dense_head D is the number of the other
+        classes here, and `frequent` has weight `[dense_head, H]`. The class order is the buffer `order`.
 
     Raises:
         ShapeError, DtypeError: an option out of range or of the wrong type; fan_in larger than in_features.
-        BackendError: on use on a GPU, where this head has no kernels yet.
 
     Training in plain mode gives `weight.grad` `[D, K]` and `bias.grad` for any torch optimiser; `FusedSGD` and
     `FusedAdam` update inside backward, and their step() rewires.
@@ -74,6 +82,7 @@ class SparseHead(Head):
 
     kind: ClassVar[str] = "SparseHead"
     losses: ClassVar[tuple[str, ...]] = SPARSE_LOSSES
+    option_tensors: ClassVar[frozenset[str]] = frozenset({"class_weight", "class_order"})
     index: Tensor
 
     def __init__(
@@ -92,6 +101,8 @@ class SparseHead(Head):
         rewire_threshold: float | None = None,
         rewire_keep_value: bool = False,
         prior: float | None = None,
+        dense_head: int = 0,
+        class_order: Any = None,
         bias: bool = True,
         reduction: str = "mean",
         class_weight: Tensor | None = None,
@@ -103,7 +114,7 @@ class SparseHead(Head):
     ) -> None:
         options = SparseOptions(
             fan_in, loss, group_size, rewire_mode, rewire_every, rewire_fraction, rewire_end, rewire_threshold,
-            rewire_keep_value, prior, label_smoothing, ignore_index, lse_penalty, reduction,
+            rewire_keep_value, prior, label_smoothing, ignore_index, lse_penalty, reduction, dense_head,
         )  # fmt: skip
         super().__init__(
             in_features,
@@ -114,15 +125,28 @@ class SparseHead(Head):
             reduction=reduction,
         )
         check_fan_in(fan_in, in_features)
-        self.options = options
+        check_dense_head(dense_head, n_classes)
+        self.options, self.first_class = options, dense_head
         dtype = checked_weight_dtype(dtype, torch.empty(0, device=device))
         if dtype == torch.float16:
             raise DtypeError("dtype: expected float32, bfloat16 or float64 weights of a sparse head, got float16")
         self.seed = checked_seed(seed)
         self._seen: tuple[Tensor, int] | None = None
-        self.weight = nn.Parameter(torch.empty(n_classes, fan_in, device=device, dtype=dtype))
+        rows = n_classes - dense_head
+        self.weight = nn.Parameter(torch.empty(rows, fan_in, device=device, dtype=dtype))
         bias_dtype = torch.promote_types(dtype, torch.float32)
-        self.bias = nn.Parameter(torch.empty(n_classes, device=device, dtype=bias_dtype)) if bias else None
+        self.bias = nn.Parameter(torch.empty(rows, device=device, dtype=bias_dtype)) if bias else None
+        self.frequent = None
+        if dense_head:
+            self.frequent = DenseHead(
+                in_features, dense_head, loss=loss, bias=bias, device=device, dtype=dtype, seed=self.seed
+            )
+            self.frequent.inner = True
+        self._class_order = None if class_order is None else order_array(class_order, n_classes)
+        self._row_weight: tuple[Tensor | None, Tensor | None] = (None, None)
+        for name in ("order", "_rank"):
+            self.register_buffer(name, None, persistent=name == "order")
+        self._place_order(device)
         self.register_buffer("index", torch.empty(self._groups, fan_in, device=device, dtype=self._index_dtype))
         if not self.weight.is_meta:
             self._move_options(self.weight.device)
@@ -130,7 +154,7 @@ class SparseHead(Head):
 
     @property
     def _groups(self) -> int:
-        return -(-self.n_classes // self.options.group_size)
+        return -(-(self.n_classes - self.first_class) // self.options.group_size)
 
     @property
     def _index_dtype(self) -> torch.dtype:
@@ -153,8 +177,11 @@ class SparseHead(Head):
             self._mark_index()
         else:
             self.index.copy_(self._drawn(self._groups, 0))
-        if self.bias is not None:
-            self.bias.fill_(self.options.first_bias(self.n_classes))
+        if self.frequent is not None:
+            self.frequent.reset_parameters(self.seed)
+        for layer in self.layers():
+            if layer.bias is not None:
+                layer.bias.fill_(self.options.first_bias(self.n_classes))
 
     def _drawn(self, rows: int, first_row: int) -> Tensor:
         index = torch.empty(rows, self.options.fan_in, dtype=self._index_dtype, device=self.weight.device)
@@ -278,7 +305,7 @@ class SparseHead(Head):
             **arguments,
         )
         for value in others:
-            for begin in range(0, self.n_classes, _CHUNK):
+            for begin in range(0, self.weight.shape[0], _CHUNK):
                 origin = slots["first"][begin : begin + _CHUNK].long() - 1
                 part = value[begin : begin + _CHUNK]
                 part.copy_(torch.where(origin >= 0, part.gather(1, origin.clamp(min=0)), 0))
@@ -308,8 +335,8 @@ class SparseHead(Head):
         """Add classes at the end, up to `n_classes`; those that were there keep their numbers, inputs and weights.
 
         New weights and inputs are what a head of the new size would have had from the start; classes that complete a
-        group have its inputs. Parameters stay the same objects, and the state of a fused optimiser that owns them grows
-        along; that of a plain torch optimiser does not: make a new one.
+        group have its inputs, and none gets a dense row. Parameters stay the same objects, and the state of a fused
+        optimiser that owns them grows along; that of a plain torch optimiser does not: make a new one.
 
         Args:
             class_weight: new ones for all `[n_classes]`, exactly when the head has them.
@@ -325,6 +352,9 @@ class SparseHead(Head):
         )
         weights = checked_class_weight(class_weight, n_classes)
         self.class_weight = None if weights is None else weights.to(self.weight.device)
+        if self._class_order is not None:
+            self._class_order = np.concatenate([self._class_order, np.arange(self.n_classes, n_classes)])
+            self._place_order(self.weight.device)
         self._grow_parameters(n_classes, self.options.first_bias(n_classes))
         old = len(self.index)
         self.index = torch.cat([self.index, self._drawn(self._groups - old, old)])
@@ -345,49 +375,30 @@ class SparseHead(Head):
             device="meta",
             dtype=self.weight.dtype,
         )
-        inputs = self.index.long().repeat_interleave(self.options.group_size, 0)[: self.n_classes]
-        weight = self.weight.new_zeros(self.n_classes, self.in_features).scatter_(1, inputs, self.weight)
+        rows = self.weight.shape[0]
+        inputs = self.index.long().repeat_interleave(self.options.group_size, 0)[:rows]
+        weight = self.weight.new_zeros(rows, self.in_features).scatter_(1, inputs, self.weight)
+        bias: Tensor | None = self.bias
+        if self.frequent is not None:
+            weight = torch.cat([self.frequent.weight, weight])
+            bias = None if bias is None or self.frequent.bias is None else torch.cat([self.frequent.bias, bias])
+        if self._rank is not None:
+            weight, bias = weight[self._rank], None if bias is None else bias[self._rank]
         head.weight = nn.Parameter(weight)
-        head.bias = None if self.bias is None else nn.Parameter(self.bias.clone())
+        head.bias = None if bias is None else nn.Parameter(bias.clone())
         head._move_options(self.weight.device)
         return head
 
-    def _losses(self, rows: Tensor, target: Target) -> tuple[Tensor, Tensor, Tensor]:
-        self._check_index()
-        anchor, control = (self._anchor, self._control) if self.training else (None, None)
-        o = self.options
-        return sparse_ops.sparse_loss(
-            rows, self.weight, self.bias, self.index, *target, self.class_weight, anchor, control,
-            self.loss, o.label_smoothing, o.lse_penalty, self.ignore_index, o.group_size,
-        )  # fmt: skip
-
-    def _topk_rows(
-        self, rows: Tensor, k: int, exclude_indptr: Tensor | None, exclude_indices: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        self._check_index()
-        group = self.options.group_size
-        return sparse_ops.sparse_topk(
-            rows, self.weight, self.bias, self.index, group, k, exclude_indptr, exclude_indices
-        )
-
-    def _score_rows(self, rows: Tensor, classes: Tensor | None) -> Tensor:
-        self._check_index()
-        return sparse_ops.sparse_scores(rows, self.weight, self.bias, self.index, self.options.group_size, classes)
-
-    def _lse_rows(self, rows: Tensor) -> Tensor:
-        self._check_index()
-        nothing = torch.full((rows.shape[0],), self.ignore_index, dtype=torch.int64, device=rows.device)
-        return sparse_ops.sparse_loss(
-            rows, self.weight, self.bias, self.index, None, nothing, None, None, None, None,
-            "softmax", 0.0, 0.0, self.ignore_index, self.options.group_size,
-        )[2]  # fmt: skip
-
     def _named(self) -> dict[str, Tensor]:
-        return {**super()._named(), "index": self._checked(self.index)}
+        named = {**super()._named(), "index": self._checked(self.index)}
+        frequent = {} if self.frequent is None else self.frequent._named()
+        return {**named, **{f"frequent.{name}": tensor for name, tensor in frequent.items()}}
 
     def _adopt(self, name: str, tensor: Tensor) -> None:
         if name == "index":
             self.index = self._checked(tensor)
+        elif self.frequent is not None and name.startswith("frequent."):
+            self.frequent._adopt(name.removeprefix("frequent."), tensor)
         else:
             super()._adopt(name, tensor)
 
@@ -440,14 +451,18 @@ class SparseHead(Head):
         name = prefix + "index"
         if name in state_dict:
             state_dict[name] = self._checked(state_dict[name])
+        order = state_dict.get(prefix + "order")
+        if order is not None and self._class_order is not None and not order.is_meta:
+            self._class_order = order_array(order, self.n_classes, "order")
+            self._place_order(order.device if self.weight.is_meta else self.weight.device)
         super()._load_from_state_dict(state_dict, prefix, *more)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Head:
-        self._seen = None
+        self._seen, self._row_weight = None, (None, None)
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {**super().__getstate__(), "_seen": None}
+        state = {**super().__getstate__(), "_seen": None, "_row_weight": (None, None)}
         if self.index.dtype == torch.uint16:  # which torch cannot pickle
             state["_buffers"] = {**self._buffers, "index": self.index.view(torch.int16)}
         return state
