@@ -55,7 +55,8 @@ std::shared_ptr<ExactBatch> ExactHead::forward(const ConstAnyMatrix& hidden, con
   expect_shape("hidden", hidden, hidden.rows, core_->features);
   check_finite(hidden, "hidden");
   if (target.rows != hidden.rows)
-    throw ShapeError("target: expected " + to_string(hidden.rows) + " rows as in hidden, got " + to_string(target.rows));
+    throw ShapeError("target: expected " + to_string(hidden.rows) + " rows as in hidden, got " +
+                     to_string(target.rows));
   if (target.n_classes != core_->classes)
     throw ShapeError("target: is over " + to_string(target.n_classes) + " classes, the weights over " +
                      to_string(core_->classes));

@@ -147,8 +147,8 @@ void loss(const std::string& name, double eps, double a, double b, std::int64_t 
 void bind_exact(nb::module_& m) {
   nb::class_<Batch>(m, "ExactBatch", "What a forward pass of the exact head keeps for its backward pass.");
   nb::class_<State>(m, "ExactState", "The exact head's state beside its weight; see exact.h.")
-      .def(nb::init<nb::handle, nb::handle, bool, std::int64_t, std::int64_t>(), "weight"_a, "velocity"_a.none() = nb::none(),
-           nb::kw_only(), "wide"_a = false, "block_steps"_a = 4, "radix"_a = 8)
+      .def(nb::init<nb::handle, nb::handle, bool, std::int64_t, std::int64_t>(), "weight"_a,
+           "velocity"_a.none() = nb::none(), nb::kw_only(), "wide"_a = false, "block_steps"_a = 4, "radix"_a = 8)
       .def("forward", &State::forward, nb::kw_only(), "hidden"_a, "indptr"_a.none(), "indices"_a,
            "values"_a.none() = nb::none(), "train"_a, "A"_a, "q"_a, "s"_a)
       .def("backward", &State::backward, "batch"_a, nb::kw_only(), "grad_A"_a, "grad_q"_a, "grad_s"_a,
@@ -158,7 +158,8 @@ void bind_exact(nb::module_& m) {
       .def("rows", &State::rows, "ids"_a, "out"_a)
       .def("grad_norm2", [](State& s) { return s.head().grad_norm2(); })
       .def("grad_columns", &State::grad_columns, "out"_a)
-      .def("scale_grad", [](State& s, double factor) { s.head().scale_grad(factor); }, "factor"_a)
+      .def(
+          "scale_grad", [](State& s, double factor) { s.head().scale_grad(factor); }, "factor"_a)
       .def("zero_grad", [](State& s) { s.head().zero_grad(); })
       .def("pending", [](State& s) { return s.head().pending(); })
       .def("consolidate",

@@ -42,8 +42,8 @@ struct ExactOptions {
 
 struct ExactStep {
   double lr = 0.0;
-  double weight_decay = 0.0;  // coupled, as torch.optim.SGD
-  double momentum = 0.0;      // heavy ball, as torch.optim.SGD without dampening; needs velocities
+  double weight_decay = 0.0;             // coupled, as torch.optim.SGD
+  double momentum = 0.0;                 // heavy ball, as torch.optim.SGD without dampening; needs velocities
   const double* column_scale = nullptr;  // [d] factors of the gradient's columns, or null
 };
 
@@ -73,7 +73,7 @@ class ExactHead {
   std::shared_ptr<ExactBatch> forward(const ConstAnyMatrix& hidden, const Labels& target, bool train, double* A,
                                       double* q, double* s);
   // Adds the batch's gradient to the next step's, and writes dL/dH [B, d] where it is asked for. The weights do not change. A batch
-  // can go in several times, as gradients add up.
+  // can go in several times, as gradients add up; one that was not made with `train` only gives dL/dH.
   void backward(const ExactBatch& batch, const double* grad_A, const double* grad_q, const double* grad_s,
                 AnyMatrix grad_hidden);
   // Of the gradient so far: |dL/dW|^2, and the mean square of each of its columns [d].

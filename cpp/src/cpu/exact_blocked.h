@@ -39,6 +39,7 @@ class BlockedExact final : public ExactCore {
     const i64* first = target.indices + (target.indptr ? target.indptr[0] : 0);
     batch->ids.assign(first, first + batch->indptr.back());
     batch->steps = steps_;
+    batch->train = train;
     gram_.statistics(batch->hidden, batch->hidden_squares, q, s);
     std::vector<i64> ids = batch->ids;
     std::sort(ids.begin(), ids.end());
@@ -48,27 +49,33 @@ class BlockedExact final : public ExactCore {
       outputs(*batch, [&](i64 id) { return hot_.row(slots_.at(id)); }, A);
     } else {
       const Dense<Factor> rows = read(ids);
-      outputs(
-          *batch, [&](i64 id) { return rows.row(std::lower_bound(ids.begin(), ids.end(), id) - ids.begin()); }, A);
+      batch->rows.resize(rows.rows, rows.cols);
+      std::copy(rows.data.begin(), rows.data.end(), batch->rows.data.begin());
+      batch->unique = std::move(ids);
+      outputs(*batch, [&](i64 id) { return kept_row(*batch, id); }, A);
     }
     return batch;
   }
 
   void backward(const ExactBatch& batch, const double* grad_A, const double* grad_q, const double* grad_s,
                 AnyMatrix grad_hidden) override {
-    if (batch.steps != steps_)
-      throw Error("backward: the weights have taken a step since this batch's forward pass");
+    if (batch.steps != steps_) throw Error("backward: the weights have taken a step since this batch's forward pass");
     Dense<double> x(batch.hidden.rows, width());
     parallel_for(batch.hidden.rows, [&](i64 i) {
       double* out = x.row(i);
       for (i64 k = 0; k < width(); ++k)
         out[k] = 2 * grad_q[i] * batch.hidden_squares.at(i, k) + grad_s[i] * gram_.sums()[static_cast<std::size_t>(k)];
       for (i64 t = batch.indptr[static_cast<std::size_t>(i)]; t < batch.indptr[static_cast<std::size_t>(i) + 1]; ++t) {
-        const Factor* row = hot_.row(slots_.at(batch.ids[static_cast<std::size_t>(t)]));
-        for (i64 k = 0; k < width(); ++k) out[k] += grad_A[t] * static_cast<double>(row[k]);
+        const i64 id = batch.ids[static_cast<std::size_t>(t)];
+        if (batch.train) {
+          add_row(grad_A[t], hot_.row(slots_.at(id)), out);
+        } else {
+          add_row(grad_A[t], kept_row(batch, id), out);
+        }
       }
     });
     if (grad_hidden) store_rows(x, features, grad_hidden);
+    if (!batch.train) return;
     pending_.add(batch.hidden, batch.indptr, batch.ids, grad_A, grad_q, grad_s, x);
   }
 
@@ -159,11 +166,19 @@ class BlockedExact final : public ExactCore {
     return out;
   }
 
+  static const double* kept_row(const ExactBatch& batch, i64 id) {
+    return batch.rows.row(std::lower_bound(batch.unique.begin(), batch.unique.end(), id) - batch.unique.begin());
+  }
+  template <class Real>
+  void add_row(double factor, const Real* row, double* out) const {
+    for (i64 k = 0; k < width(); ++k) out[k] += factor * static_cast<double>(row[k]);
+  }
+
   template <class RowOf>
   void outputs(const ExactBatch& batch, RowOf row_of, double* A) const {
     parallel_for(batch.hidden.rows, [&](i64 i) {
       for (i64 t = batch.indptr[static_cast<std::size_t>(i)]; t < batch.indptr[static_cast<std::size_t>(i) + 1]; ++t) {
-        const Factor* row = row_of(batch.ids[static_cast<std::size_t>(t)]);
+        const auto* row = row_of(batch.ids[static_cast<std::size_t>(t)]);
         double sum = 0;
         for (i64 k = 0; k < features; ++k) sum += static_cast<double>(row[k]) * batch.hidden.at(i, k);
         A[t] = sum;
@@ -258,15 +273,15 @@ class BlockedExact final : public ExactCore {
         s.at(r, i) = static_cast<Factor>(2 * pending_.gq[static_cast<std::size_t>(i)]) * s.at(r, i) +
                      static_cast<Factor>(pending_.gs[static_cast<std::size_t>(i)]);
     for (i64 i = 0; i < s.cols; ++i)
-      for (i64 t = pending_.indptr[static_cast<std::size_t>(i)]; t < pending_.indptr[static_cast<std::size_t>(i) + 1]; ++t)
+      for (i64 t = pending_.indptr[static_cast<std::size_t>(i)]; t < pending_.indptr[static_cast<std::size_t>(i) + 1];
+           ++t)
         s.at(slots_.at(pending_.ids[static_cast<std::size_t>(t)]), i) +=
             static_cast<Factor>(pending_.gA[static_cast<std::size_t>(t)]);
     return s;
   }
 
   Dense<double> gradient_products(const Dense<Factor>& s, const std::vector<double>& ones) const {
-    return pending_.products(
-        ones, [&](i64 t) { return s.row(slots_.at(pending_.ids[static_cast<std::size_t>(t)])); });
+    return pending_.products(ones, [&](i64 t) { return s.row(slots_.at(pending_.ids[static_cast<std::size_t>(t)])); });
   }
   Dense<double> gradient_products(const Dense<Factor>& s) const {
     return gradient_products(s, pending_.ones(gram_.sums(), classes));
@@ -309,7 +324,8 @@ class BlockedExact final : public ExactCore {
     }
     carry_row(j, features, width(), omega_.data());
     for (i64 i = 0; i < b.rows; ++i)
-      for (i64 k = 0; k < width(); ++k) omega_[static_cast<std::size_t>(k)] += s[static_cast<std::size_t>(i)] * b.at(i, k);
+      for (i64 k = 0; k < width(); ++k)
+        omega_[static_cast<std::size_t>(k)] += s[static_cast<std::size_t>(i)] * b.at(i, k);
   }
 
   void begin_block() {

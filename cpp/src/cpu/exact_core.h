@@ -14,6 +14,9 @@ class ExactBatch {
   cpu::Dense<double> hidden_squares;  // [m, width]
   std::vector<cpu::i64> indptr, ids;  // the targets
   cpu::i64 steps = 0;                 // of the head when this was made
+  bool train = false;
+  std::vector<cpu::i64> unique;  // without `train`: the targets in ascending order, and their rows
+  cpu::Dense<double> rows;
 };
 
 class ExactCore {

@@ -89,7 +89,8 @@ class Gram {
         squares_.at(r, c) = squares_.at(c, r) = squares_.at(r, c) + (half.at(r, c) + half.at(c, r));
     carry_row(j, d_, squares_.cols, sums_.data());
     for (i64 i = 0; i < b.rows; ++i)
-      for (i64 k = 0; k < b.cols; ++k) sums_[static_cast<std::size_t>(k)] += ones[static_cast<std::size_t>(i)] * b.at(i, k);
+      for (i64 k = 0; k < b.cols; ++k)
+        sums_[static_cast<std::size_t>(k)] += ones[static_cast<std::size_t>(i)] * b.at(i, k);
   }
 
  private:
