@@ -41,9 +41,7 @@ class BlockedExact final : public ExactCore {
     batch->steps = steps_;
     batch->train = train;
     gram_.statistics(batch->hidden, batch->hidden_squares, q, s);
-    std::vector<i64> ids = batch->ids;
-    std::sort(ids.begin(), ids.end());
-    ids.erase(std::unique(ids.begin(), ids.end()), ids.end());
+    std::vector<i64> ids = distinct(batch->ids);
     if (train) {
       warm(ids);
       outputs(*batch, [&](i64 id) { return hot_.row(slots_.at(id)); }, A);
@@ -60,6 +58,7 @@ class BlockedExact final : public ExactCore {
   void backward(const ExactBatch& batch, const double* grad_A, const double* grad_q, const double* grad_s,
                 AnyMatrix grad_hidden) override {
     if (batch.steps != steps_) throw Error("backward: the weights have taken a step since this batch's forward pass");
+    if (batch.train) warm(distinct(batch.ids));  // consolidate() may have sent them home
     Dense<double> x(batch.hidden.rows, width());
     parallel_for(batch.hidden.rows, [&](i64 i) {
       double* out = x.row(i);
@@ -135,6 +134,7 @@ class BlockedExact final : public ExactCore {
     close_block();
     store_.consolidate([&](i64, Factor* row) { add_omega(row); });
     std::fill(omega_.begin(), omega_.end(), 0.0);
+    warm(distinct(pending_.ids));
   }
 
   void refresh() override {
@@ -166,6 +166,11 @@ class BlockedExact final : public ExactCore {
     return out;
   }
 
+  static std::vector<i64> distinct(std::vector<i64> ids) {
+    std::sort(ids.begin(), ids.end());
+    ids.erase(std::unique(ids.begin(), ids.end()), ids.end());
+    return ids;
+  }
   static const double* kept_row(const ExactBatch& batch, i64 id) {
     return batch.rows.row(std::lower_bound(batch.unique.begin(), batch.unique.end(), id) - batch.unique.begin());
   }
