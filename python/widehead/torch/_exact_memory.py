@@ -67,9 +67,7 @@ class ExactMemory:
         matrix, velocity = joined(parameters), joined(velocities) if velocities else None
         assert matrix is not None and (velocity is not None or not velocities)
         follow_threads()
-        self.core: Any = _core.ExactState(
-            capsule(matrix), capsule(velocity), wide=wide, block_steps=block_steps
-        )
+        self.core: Any = _core.ExactState(capsule(matrix), capsule(velocity), wide=wide, block_steps=block_steps)
         self.retired = self.overflow = False
         self._settled = True
         self._record()

@@ -162,4 +162,6 @@ def _times(grad: Tensor, derivative: Tensor) -> Tensor:
 
 def _refuse_graph() -> None:
     if torch.is_grad_enabled():
-        raise Error("create_graph (double backward) through an ExactHead is not supported: its gradient has none itself")
+        raise Error(
+            "create_graph (double backward) through an ExactHead is not supported: its gradient has none itself"
+        )
