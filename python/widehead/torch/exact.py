@@ -350,19 +350,17 @@ class ExactHead(Head):
 
     def take_step(self, **how: Any) -> bool:
         """Called by the optimiser's step(): the update by the gradient that waits, `how` as `_core.ExactState.step` has
-        it. False: there is none, or an overflow under a GradScaler has spoilt it; nothing has changed.
+        it. False: there is none.
         """
-        memory = self._memory
-        if memory is None:
+        if not self._pending:
             return False
-        if memory.overflow:
-            memory.drop_pending()
-            return False
-        if not memory.core.pending():
-            return False
-        self._exact()
-        memory.step(**how)
+        self._exact().step(**how)
         return True
+
+    @property
+    def spoilt(self) -> bool:
+        """Whether an overflow under a GradScaler has spoilt the gradient that waits."""
+        return self._memory is not None and self._memory.overflow
 
     def spoil_grad(self, norm: Tensor) -> None:
         """The gradient that waits belongs to one of the norm NaN or infinity: under a GradScaler its step is skipped.

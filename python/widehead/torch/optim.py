@@ -143,13 +143,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 f"a GradScaler drives this optimiser but {type(self).__name__} does not know it: the update in "
                 "backward saw scaled gradients; construct it with grad_scaler=scaler"
             )
-        deferred = [owner for owner in self._owners if owner.head.deferred]
-        for owner in deferred:  # all is checked before any head moves
-            self._check_step(self.param_groups[owner.group_index], owner.head)
-        for owner in deferred:
-            if self._take_step(owner):
-                self._state_of(owner.head._stored())["step"] += 1
-                owner.closed += 1
+        self._step_exact()
         for owner in self._owners:
             if owner.control[PENDING]:
                 applied, owner.applied = owner.applied, None
@@ -245,6 +239,21 @@ class FusedOptimizer(torch.optim.Optimizer):
         """The same numbers, where the head wants them."""
         for parameter, velocity in zip(owner.head.owned_parameters(), velocities, strict=True):
             self.state[parameter]["momentum_buffer"] = velocity
+
+    def _step_exact(self) -> None:
+        exact = [(owner, owner.head) for owner in self._owners if isinstance(owner.head, ExactHead)]
+        for owner, head in exact:  # all is checked before any head moves
+            self._check_step(self.param_groups[owner.group_index], head)
+        # Under a GradScaler they are skipped together, and with the backbone.
+        found = getattr(self, "found_inf", None)
+        if (found is not None and bool(found)) or any(head.spoilt for _, head in exact):
+            for _, head in exact:
+                head.zero_grad()
+            return
+        for owner, head in exact:
+            if self._take_step(owner):
+                self._state_of(head._stored())["step"] += 1
+                owner.closed += 1
 
     def _take_step(self, owner: Owner) -> bool:
         """The step of an exact head; False: nothing waited for it."""
