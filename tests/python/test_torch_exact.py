@@ -1,4 +1,4 @@
-"""tests/python/test_torch_exact.py -- the exact head in PyTorch: its steps are those of torch.optim.SGD on nn.Linear."""
+"""tests/python/test_torch_exact.py -- the exact head in PyTorch: its steps are torch.optim.SGD's on nn.Linear."""
 
 from __future__ import annotations
 
