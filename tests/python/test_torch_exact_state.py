@@ -115,6 +115,7 @@ def test_training_leaves_the_rows_apart() -> None:
     train(head, optimizer, 6)
     for name in ("parameters", "extra_repr", "owned_parameters"):
         getattr(head, name)()
+    assert head.diagnostics()["steps"] == 6
     raw = next(head.parameters()).clone()
     rows = head.rows(torch.arange(D))
     assert not torch.allclose(raw, rows) and torch.equal(next(head.parameters()), raw)
@@ -203,6 +204,16 @@ def test_edits_with_a_gradient_waiting_are_refused() -> None:
         stale.backward()
     train(head, optimizer, 2)
     assert head.diagnostics()["gram_error"] < 1e-12
+
+
+def test_replaced_parameters_are_refused_before_a_step() -> None:
+    head, (hidden, target) = make_head(), make_batch(torch.Generator().manual_seed(1))
+    optimizer = FusedSGD(head, lr=0.05)
+    head.load_state_dict({"weight": torch.zeros(D, d, dtype=torch.float64)}, assign=True)
+    head(hidden, target).loss.backward()
+    with pytest.raises(Error, match="replaced"):
+        optimizer.step()
+    assert float(head.rows(range(D)).norm()) == 0
 
 
 def test_stale_graphs_are_refused() -> None:

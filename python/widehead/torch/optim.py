@@ -251,8 +251,9 @@ class FusedOptimizer(torch.optim.Optimizer):
                 head.zero_grad()
             return
         for owner, head in exact:
+            state = self._state_of(head._stored())
             if self._take_step(owner):
-                self._state_of(head._stored())["step"] += 1
+                state["step"] += 1
                 owner.closed += 1
 
     def _take_step(self, owner: Owner) -> bool:
@@ -347,7 +348,7 @@ class FusedSGD(FusedOptimizer):
         ShapeError: an option out of range, or a head that is owned already.
         NonFiniteError: in backward, a hidden state or gradient is NaN or infinite (no scaler); nothing has changed. On
             a GPU the error comes from a later step(), or from `head.check()`.
-        Error: in backward, the second one before step().
+        Error: in backward, the second one before step(); those of an `ExactHead` add up.
     """
 
     optimizer_name = "sgd"
