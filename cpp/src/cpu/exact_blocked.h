@@ -258,6 +258,12 @@ class BlockedExact final : public ExactCore {
     return b;
   }
 
+  static std::vector<Factor> doubled(const std::vector<double>& x) {
+    std::vector<Factor> out(x.size());
+    for (std::size_t i = 0; i < x.size(); ++i) out[i] = static_cast<Factor>(2 * x[i]);
+    return out;
+  }
+
   // S of the hot rows, [hot, m].
   Dense<Factor> hot_gradients(const Dense<Factor>& hidden) const {
     Dense<Factor> s(hot_.rows, pending_.examples());
@@ -273,10 +279,11 @@ class BlockedExact final : public ExactCore {
     p.c = s.data.data();
     p.c_stride = s.cols;
     multiply(p);
-    for (i64 r = 0; r < s.rows; ++r)
-      for (i64 i = 0; i < s.cols; ++i)
-        s.at(r, i) = static_cast<Factor>(2 * pending_.gq[static_cast<std::size_t>(i)]) * s.at(r, i) +
-                     static_cast<Factor>(pending_.gs[static_cast<std::size_t>(i)]);
+    const std::vector<Factor> q = doubled(pending_.gq), sums(pending_.gs.begin(), pending_.gs.end());
+    for (i64 r = 0; r < s.rows; ++r) {
+      Factor* row = s.row(r);
+      for (std::size_t i = 0; i < q.size(); ++i) row[i] = q[i] * row[i] + sums[i];
+    }
     for (i64 i = 0; i < s.cols; ++i)
       for (i64 t = pending_.indptr[static_cast<std::size_t>(i)]; t < pending_.indptr[static_cast<std::size_t>(i) + 1];
            ++t)
@@ -313,8 +320,11 @@ class BlockedExact final : public ExactCore {
       p.c_stride = t.cols;
       multiply(p);
     }
-    for (i64 k = 0; k < width(); ++k)
-      for (i64 i = 0; i < t.cols; ++i) t.at(k, i) *= static_cast<Factor>(2 * pending_.gq[static_cast<std::size_t>(i)]);
+    const std::vector<Factor> q = doubled(pending_.gq);
+    for (i64 k = 0; k < width(); ++k) {
+      Factor* row = t.row(k);
+      for (std::size_t i = 0; i < q.size(); ++i) row[i] *= q[i];
+    }
     carry(j, features, factor_);
     product(t, false, b, false, factor_, Factor{1});
   }

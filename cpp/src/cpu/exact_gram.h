@@ -3,6 +3,8 @@
 // A step is R <- R J + S B with J = [[j11, j12], [j21, j22]] (x) identity, S = 2 W H'diag(gq) + 1 gs' + Y the derivative of the loss
 // by the outputs [D, m] (H [m, d] the batch), Y its sparse part, and B [m, width]: -lr H, or [-lr H | H] with momentum.
 #pragma once
+#include <algorithm>
+
 #include "cpu/exact_matrix.h"
 
 namespace widehead::cpu {
@@ -35,7 +37,8 @@ void carry(const Carry& j, i64 d, Dense<Real>& rows) {
 
 class Gram {
  public:
-  Gram(i64 features, i64 width) : d_(features), squares_(width, width), sums_(static_cast<std::size_t>(width)) {}
+  Gram(i64 features, i64 width)
+      : d_(features), squares_(width, width), half_(width, width), sums_(static_cast<std::size_t>(width)) {}
 
   const Dense<double>& squares() const { return squares_; }
   const std::vector<double>& sums() const { return sums_; }
@@ -77,16 +80,17 @@ class Gram {
   // x [m, width] = S'R, its rows carried already; m_ = S'S; ones = S'1.
   void step(const Carry& j, Dense<double>& x, const Dense<double>& m, const std::vector<double>& ones,
             const Dense<double>& b) {
-    carry(j, d_, squares_);
-    transpose();
-    carry(j, d_, squares_);
+    if (squares_.cols > d_ || j.j11 != 1) {
+      carry(j, d_, squares_);
+      by_tiles([&](i64 r, i64 c) { std::swap(squares_.at(r, c), squares_.at(c, r)); });
+      carry(j, d_, squares_);
+    }
     carry(j, d_, x);
     product(m, false, b, false, x, 1.0, 0.5);
-    Dense<double> half(squares_.rows, squares_.cols);
-    product(x, true, b, false, half);
-    for (i64 r = 0; r < half.rows; ++r)
-      for (i64 c = 0; c <= r; ++c)
-        squares_.at(r, c) = squares_.at(c, r) = squares_.at(r, c) + (half.at(r, c) + half.at(c, r));
+    product(x, true, b, false, half_);
+    by_tiles([&](i64 r, i64 c) {
+      squares_.at(r, c) = squares_.at(c, r) = squares_.at(r, c) + (half_.at(r, c) + half_.at(c, r));
+    });
     carry_row(j, d_, squares_.cols, sums_.data());
     for (i64 i = 0; i < b.rows; ++i)
       for (i64 k = 0; k < b.cols; ++k)
@@ -94,13 +98,19 @@ class Gram {
   }
 
  private:
-  void transpose() {
-    for (i64 r = 0; r < squares_.rows; ++r)
-      for (i64 c = 0; c < r; ++c) std::swap(squares_.at(r, c), squares_.at(c, r));
+  // f(r, c) for c <= r, by tiles: the columns of a matrix lie far apart.
+  template <class F>
+  void by_tiles(F f) {
+    constexpr i64 kTile = 16;
+    const i64 n = squares_.rows;
+    for (i64 r0 = 0; r0 < n; r0 += kTile)
+      for (i64 c0 = 0; c0 <= r0; c0 += kTile)
+        for (i64 r = r0; r < std::min(n, r0 + kTile); ++r)
+          for (i64 c = c0; c < std::min(c0 + kTile, r + 1); ++c) f(r, c);
   }
 
   i64 d_;
-  Dense<double> squares_;
+  Dense<double> squares_, half_;
   std::vector<double> sums_;
 };
 
