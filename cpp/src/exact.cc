@@ -19,11 +19,11 @@ void check_numbers(const char* name, const double* x, int64_t n) {
     if (!std::isfinite(x[i])) throw NonFiniteError(std::string(name) + ": not finite at position " + to_string(i));
 }
 
-void check_ids(const int64_t* ids, int64_t n, int64_t classes) {
+void check_ids(const char* name, const int64_t* ids, int64_t n, int64_t classes) {
   for (int64_t i = 0; i < n; ++i)
     if (ids[i] < 0 || ids[i] >= classes)
-      throw LabelError("ids: expected a class in [0, " + to_string(classes) + "), got " + to_string(ids[i]) +
-                       " at position " + to_string(i));
+      throw LabelError(std::string(name) + ": expected a class in [0, " + to_string(classes) + "), got " +
+                       to_string(ids[i]) + " at position " + to_string(i));
 }
 
 }  // namespace
@@ -60,6 +60,7 @@ std::shared_ptr<ExactBatch> ExactHead::forward(const ConstAnyMatrix& hidden, con
   if (target.n_classes != core_->classes)
     throw ShapeError("target: is over " + to_string(target.n_classes) + " classes, the weights over " +
                      to_string(core_->classes));
+  if (!target.indptr) check_ids("target", target.indices, target.rows, core_->classes);  // none is ignored
   check_labels(target, std::numeric_limits<int64_t>::min(), "target");
   return core_->forward(hidden, target, train, A, q, s);
 }
@@ -96,7 +97,7 @@ void ExactHead::step(const ExactStep& step) {
 }
 
 void ExactHead::rows(const int64_t* ids, int64_t n, AnyMatrix out) const {
-  check_ids(ids, n, core_->classes);
+  check_ids("ids", ids, n, core_->classes);
   expect_shape("out", out, n, core_->features);
   expect_dtype("out", out.dtype, floating(out.dtype), "a floating type");
   core_->rows(ids, n, out);
