@@ -55,6 +55,8 @@ NB_MODULE(_core, m) {
   using namespace nanobind::literals;
   using namespace widehead::python;
 
+  // A tensor that lives when Python ends keeps its autograd graph, and that the exact head's batch: no leak of ours.
+  nb::set_leak_warnings(false);
   m.doc() = "The private module of widehead: its functions check arrays and call the core. See _core.pyi.";
   m.attr("__version__") = WIDEHEAD_VERSION;
   m.attr("cuda_built") = WIDEHEAD_CUDA_BUILT != 0;
@@ -72,6 +74,7 @@ NB_MODULE(_core, m) {
   m.def("philox", &philox_block, nb::kw_only(), "counter"_a, "key"_a);
   bind_bag(m);
   bind_dense(m);
+  bind_exact(m);
   bind_ngrams(m);
   bind_rows(m);
   bind_sparse(m);

@@ -196,3 +196,68 @@ def rewire(
     seed: int, step: int, first_row: int = 0, device_step: Array | None = None, moved: Array | None = None,
     gpu: Gpu | None = None,
 ) -> Any: ...
+
+class ExactBatch:
+    """What a forward pass of the exact head keeps for its backward pass."""
+
+class ExactState:
+    """State of the exact head beside its weight [n_classes, in_features], float32 or float64, whose memory it keeps
+    and uses; between calls of consolidate() that holds a factor of the weights. velocity: the same, for momentum."""
+
+    def __init__(
+        self,
+        weight: Array,
+        velocity: Array | None = None,
+        *,
+        wide: bool = False,
+        block_steps: int = 4,
+        radix: int = 8,
+    ) -> None: ...
+    # A [nnz], q [batch] and s [batch], float64, are written.
+    def forward(
+        self,
+        *,
+        hidden: Array,
+        indptr: Array | None,
+        indices: Array,
+        values: Array | None = None,
+        train: bool,
+        A: Array,
+        q: Array,
+        s: Array,
+    ) -> ExactBatch: ...
+    def backward(
+        self, batch: ExactBatch, *, grad_A: Array, grad_q: Array, grad_s: Array, grad_hidden: Array | None = None
+    ) -> None: ...
+    def step(
+        self, *, lr: float, weight_decay: float = 0.0, momentum: float = 0.0, column_scale: Array | None = None
+    ) -> None: ...
+    def rows(self, ids: Array, out: Array) -> None: ...
+    def grad_norm2(self) -> float: ...
+    def grad_columns(self, out: Array) -> None: ...
+    def scale_grad(self, factor: float) -> None: ...
+    def zero_grad(self) -> None: ...
+    def pending(self) -> int: ...
+    def consolidate(self) -> None: ...
+    def refresh(self) -> None: ...
+    def diagnostics(self) -> dict[str, float]: ...
+
+# loss: "squared_error" | "spherical_softmax" | "taylor_softmax" | "z_loss"; all arrays float64.
+def spherical_loss(
+    *,
+    loss: str,
+    eps: float,
+    a: float,
+    b: float,
+    n_classes: int,
+    indptr: Array | None,
+    indices: Array,
+    values: Array | None = None,
+    A: Array,
+    q: Array,
+    s: Array,
+    losses: Array | None = None,
+    grad_A: Array | None = None,
+    grad_q: Array | None = None,
+    grad_s: Array | None = None,
+) -> None: ...

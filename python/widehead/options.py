@@ -10,6 +10,7 @@ from ._core import ShapeError
 
 LOSSES = ("softmax", "sampled_softmax", "bce", "squared_hinge")
 SPARSE_LOSSES = ("squared_hinge", "bce", "softmax")
+EXACT_LOSSES = ("squared_error", "spherical_softmax", "taylor_softmax", "z_loss")
 REWIRE_MODES = ("magnitude_global", "magnitude_row", "threshold")
 REDUCTIONS = ("none", "mean", "sum")
 
@@ -120,6 +121,50 @@ class SparseOptions:
         check_rewiring(mode, fraction, threshold)
         keep = self.rewire_keep_value
         return {"mode": mode, "fraction": fraction, "threshold": threshold or 0.0, "keep_value": keep}
+
+
+@dataclass(frozen=True)
+class ExactOptions:
+    """Options of `ExactHead` that are plain numbers and names; None means off.
+
+    Raises:
+        ShapeError: an unknown name, a number out of its range, or an option that the loss has no place for.
+    """
+
+    loss: str = "squared_error"
+    eps: float | None = None
+    a: float | None = None
+    b: float | None = None
+    factors: str | None = None
+    block_steps: int = 4
+    ignore_index: int = -100
+    reduction: str = "mean"
+
+    def __post_init__(self) -> None:
+        choose(self.loss, EXACT_LOSSES, "loss")
+        choose(self.reduction, REDUCTIONS, "reduction")
+        for name, loss in (("eps", "spherical_softmax"), ("a", "z_loss"), ("b", "z_loss")):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if self.loss != loss:
+                raise ShapeError(f"{name}: expected None with loss={self.loss!r}, it belongs to {loss!r}, got {value}")
+            if not math.isfinite(value) or (name != "b" and value <= 0):
+                raise ShapeError(f"{name}: expected a {'finite' if name == 'b' else 'positive'} number, got {value}")
+        if self.factors is not None:
+            choose(self.factors, ("float32", "float64"), "factors")
+        whole(self.block_steps, 1, "block_steps")
+
+    def loss_arguments(self) -> dict[str, Any]:
+        """The loss as `_core.spherical_loss` takes it."""
+        eps, a, b = (
+            default if value is None else value for value, default in ((self.eps, 1e-2), (self.a, 1.0), (self.b, 10.0))
+        )
+        return {"loss": self.loss, "eps": eps, "a": a, "b": b}
+
+    def wide(self) -> bool:
+        """Whether small matrices and the rows in work are float64 beside float32 weights."""
+        return self.loss == "spherical_softmax" if self.factors is None else self.factors == "float64"
 
 
 def check_rewiring(mode: str, fraction: float, threshold: float | None) -> None:

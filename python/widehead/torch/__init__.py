@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from ._head import Head, HeadOutput, HeadOutputLse, TopK
+from .exact import ExactHead
+from .exact_optim import FusedRMSprop, clip_grad_norm_
 from .heads import DenseHead
 from .optim import FusedAdam, FusedOptimizer, FusedSGD
 from .sparse import SparseHead
 
 __all__ = [
     "DenseHead",
+    "ExactHead",
     "FusedAdam",
     "FusedOptimizer",
+    "FusedRMSprop",
     "FusedSGD",
     "Head",
     "HeadOutput",
     "HeadOutputLse",
     "SparseHead",
     "TopK",
+    "clip_grad_norm_",
 ]

@@ -56,6 +56,8 @@ class Head(nn.Module):
 
     kind: ClassVar[str]
     losses: ClassVar[tuple[str, ...]]
+    # Whether step() of the optimiser updates the weights, not backward; see `ExactHead`.
+    deferred: ClassVar[bool] = False
     # Constructor arguments that may be tensors: files keep them as tensors.
     option_tensors: ClassVar[frozenset[str]] = frozenset({"class_weight"})
     weight: nn.Parameter
@@ -187,7 +189,7 @@ class Head(nn.Module):
         first bad value that a head on this device has met since the last such error. `save` and `grow` do so too, and
         the fused optimisers' step() raises what has arrived without waiting. On the CPU errors come at once.
         """
-        _device.check(self.weight)
+        _device.check(self._stored())
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the head to a safetensors file, which appears under its name only when it is complete.
@@ -241,11 +243,16 @@ class Head(nn.Module):
 
     def owned_parameters(self) -> list[nn.Parameter]:
         """What a fused optimiser updates."""
-        return [p for layer in self.layers() for p in (layer.weight, layer.bias) if p is not None]
+        found = [layer._stored(name) for layer in self.layers() for name in ("weight", "bias")]
+        return [p for p in found if p is not None]
 
     def layers(self) -> tuple[Head, ...]:
         """What has a weight and a bias: this head first."""
         return (self,)
+
+    def _stored(self, name: str = "weight") -> Any:
+        """The parameter, for its place, type and device: an `ExactHead` does not bring its weights together for it."""
+        return getattr(self, name)
 
     def _named(self) -> dict[str, Tensor]:
         return {"weight": self.weight} if self.bias is None else {"weight": self.weight, "bias": self.bias}
@@ -294,7 +301,7 @@ class Head(nn.Module):
     def extra_repr(self) -> str:
         parts = [f"in_features={self.in_features}, n_classes={self.n_classes}, loss={self.loss!r}"]
         parts += [f"{name}={value!r}" for name, value in self._config().items() if value and name != "seed"]
-        if self.bias is None:
+        if self._stored("bias") is None:
             parts.append("bias=False")
         if self.reduction != "mean":
             parts.append(f"reduction={self.reduction!r}")
@@ -309,15 +316,16 @@ class Head(nn.Module):
             raise DtypeError(f"hidden: expected a float32, bfloat16, float16 or float64 tensor, got {came}")
         if hidden.dim() == 0 or hidden.shape[-1] != self.in_features:
             raise ShapeError(f"hidden: expected shape [..., {self.in_features}], got {list(hidden.shape)}")
-        if hidden.dtype == torch.float64 and self.weight.dtype != torch.float64:
-            raise DtypeError(f"hidden: float64 needs float64 weights, this head's are {self.weight.dtype}")
-        if self.weight.is_meta:
+        weight = self._stored()
+        if hidden.dtype == torch.float64 and weight.dtype != torch.float64:
+            raise DtypeError(f"hidden: float64 needs float64 weights, this head's are {weight.dtype}")
+        if weight.is_meta:
             raise BackendError(
                 "weight is on the meta device: call to_empty(device=...), then reset_parameters() or load"
             )
-        if hidden.device != self.weight.device:
-            raise BackendError(f"hidden: expected it on {self.weight.device} like weight, got it on {hidden.device}")
-        if self.weight.dtype == torch.float16 and not _device.on_gpu(self.weight):
+        if hidden.device != weight.device:
+            raise BackendError(f"hidden: expected it on {weight.device} like weight, got it on {hidden.device}")
+        if weight.dtype == torch.float16 and not _device.on_gpu(weight):
             raise DtypeError("weight: float16 is for a GPU; move the head there, or use bfloat16 or float32")
         return hidden.reshape(-1, self.in_features), hidden.shape[:-1]
 
@@ -361,7 +369,7 @@ class Head(nn.Module):
 
     def _move_options(self, device: torch.device) -> None:
         """Called whenever the head has come to a device."""
-        _device.prepare(self.weight)
+        _device.prepare(self._stored())
         if self.class_weight is not None:
             self.class_weight = self.class_weight.to(device)
 

@@ -38,7 +38,7 @@ class Owner:
         self.head = head
         self.optimizer = optimizer
         self.group_index = group_index
-        self.anchor = torch.zeros((), dtype=torch.float32, device=head.weight.device, requires_grad=True)
+        self.anchor = torch.zeros((), dtype=torch.float32, device=head._stored().device, requires_grad=True)
         self.control = torch.tensor([next(_handles), 0], dtype=torch.int64, device="cpu")
         self.applied: Tensor | None = None
         self.closed = 0

@@ -7,6 +7,8 @@
 After some steps that of a `SparseHead` also moves connections to other inputs.
 
 They own their heads' weights: `requires_grad` is False, and a plain torch optimiser trains the rest of the network.
+An `ExactHead` is updated by step() instead, and the rest of this does not hold for it.
+
 What needs the whole gradient before the step is out of reach: gradient accumulation and double backward are refused
 with an error, and gradient clipping must leave the head out (`clip_grad_norm_(backbone.parameters(), ...)`: the head
 has no `.grad` to clip). Under `DistributedDataParallel` every rank would update its own copy: train data-parallel heads
@@ -15,6 +17,7 @@ in plain mode.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -26,8 +29,10 @@ from widehead._core import BackendError, Error, ShapeError
 from ._device import faults_of, on_gpu
 from ._head import Head, check, checked_seed
 from ._owner import PENDING, Owner
+from .exact import ExactHead
 
 ROUNDINGS = ("nearest", "stochastic", "kahan")
+BY_COLUMN = ("square_avg",)  # state with a number a feature, not a class
 HALVES = (torch.bfloat16, torch.float16)
 
 
@@ -39,6 +44,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     """
 
     optimizer_name: str  # the core's
+    takes_deferred = False  # whether it trains an ExactHead
 
     def __init__(
         self,
@@ -81,7 +87,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             "torch.optim optimiser of their own",
         )
         for head in heads:
-            if head.weight.is_meta:
+            if head._stored().is_meta:
                 raise BackendError("weight is on the meta device: call to_empty(device=...) first")
             if head._owner is not None:
                 raise ShapeError(
@@ -111,12 +117,20 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._owners.remove(owner)
         head.leave_ownership()
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forgets the gradient that waits for step(), which exact heads have."""
+        super().zero_grad(set_to_none)
+        for owner in self._owners:
+            if owner.head.deferred:
+                owner.head.zero_grad()
+
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Close the step that backward has taken: count it and let the next backward pass. Nothing to close: no
-        effect.
+        effect. An `ExactHead` is updated here, by the gradient of all the backward passes since the last step.
 
         Raises:
+            ShapeError: a hyper-parameter out of range, before any exact head is updated.
             LabelError, NonFiniteError: on a GPU, what an earlier step has met, as soon as that is known without
                 waiting. That step has changed nothing; this one is closed.
         """
@@ -129,19 +143,26 @@ class FusedOptimizer(torch.optim.Optimizer):
                 f"a GradScaler drives this optimiser but {type(self).__name__} does not know it: the update in "
                 "backward saw scaled gradients; construct it with grad_scaler=scaler"
             )
+        self._step_exact()
         for owner in self._owners:
             if owner.control[PENDING]:
                 applied, owner.applied = owner.applied, None
-                self._state_of(owner.head.weight)["step"] += 1 if applied is None else applied
+                self._state_of(owner.head._stored())["step"] += 1 if applied is None else applied
                 owner.control[PENDING] = 0
                 owner.closed += 1
                 owner.head.after_step(applied)
-        for device in {owner.head.weight.device for owner in self._owners if on_gpu(owner.head.weight)}:
+        for device in {w.device for w in (owner.head._stored() for owner in self._owners) if on_gpu(w)}:
             faults_of(device).look()
         return loss
 
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's. The velocities of exact heads are brought together first, as their weights are."""
+        self._consolidate()
+        return super().state_dict()
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, but state keeps its own type: moments stay float32 beside bfloat16 weights, bit for bit."""
+        self._consolidate()
         super().load_state_dict(state_dict)
         parameters = [p for group in self.param_groups for p in group["params"]]
         names = [name for group in state_dict["param_groups"] for name in group["params"]]
@@ -151,7 +172,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                     device = parameter.device if key != "step" or on_gpu(parameter) else torch.device("cpu")
                     self.state[parameter][key] = value.detach().to(device=device, copy=True)
         for owner in self._owners:
-            owner.closed = int(self.state.get(owner.head.weight, {}).get("step", 0))
+            owner.closed = int(self.state.get(owner.head._stored(), {}).get("step", 0))
 
     def __getstate__(self) -> dict[str, Any]:
         raise Error(
@@ -190,10 +211,10 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def steps(self, owner: Owner) -> int:
         """Steps taken on the head; waits for a GPU."""
-        return int(self._state_of(owner.head.weight)["step"])
+        return int(self._state_of(owner.head._stored())["step"])
 
     def step_count(self, owner: Owner) -> Tensor:
-        return self._state_of(owner.head.weight)["step"].reshape(1)
+        return self._state_of(owner.head._stored())["step"].reshape(1)
 
     def _counted(self, weight: nn.Parameter, lr: float | Tensor) -> dict[str, Any]:
         """Learning rate and step. On a GPU the step, and a learning rate that is a tensor there, are read by the
@@ -208,11 +229,53 @@ class FusedOptimizer(torch.optim.Optimizer):
             return {**counted, "device_lr": there.reshape(1)}
         return {**counted, "lr": float(lr)}
 
+    def velocities(self, owner: Owner) -> list[Tensor]:
+        """State of momentum of an exact head's weight and bias; none without momentum."""
+        if not self.param_groups[owner.group_index].get("momentum"):
+            return []
+        return [self._state_of(parameter)["momentum_buffer"] for parameter in owner.head.owned_parameters()]
+
+    def take_velocities(self, owner: Owner, velocities: list[Tensor]) -> None:
+        """The same numbers, where the head wants them."""
+        for parameter, velocity in zip(owner.head.owned_parameters(), velocities, strict=True):
+            self.state[parameter]["momentum_buffer"] = velocity
+
+    def _step_exact(self) -> None:
+        exact = [(owner, owner.head) for owner in self._owners if isinstance(owner.head, ExactHead)]
+        for owner, head in exact:  # all is checked before any head moves
+            self._check_step(self.param_groups[owner.group_index], head)
+        # Under a GradScaler they are skipped together, and with the backbone.
+        found = getattr(self, "found_inf", None)
+        if (found is not None and bool(found)) or any(head.spoilt for _, head in exact):
+            for _, head in exact:
+                head.zero_grad()
+            return
+        for owner, head in exact:
+            state = self._state_of(head._stored())
+            if self._take_step(owner):
+                state["step"] += 1
+                owner.closed += 1
+
+    def _take_step(self, owner: Owner) -> bool:
+        """The step of an exact head; False: nothing waited for it."""
+        raise Error(f"{type(self).__name__} has no exact step")
+
+    def _check_step(self, group: dict[str, Any], head: Head) -> None:
+        for name in ("lr", "weight_decay", "momentum"):
+            value = float(group[name])
+            check(0 <= value < math.inf, f"{name}: expected a finite number of at least 0, got {value}")
+        self._check_group(group, [head])
+
+    def _consolidate(self) -> None:
+        for owner in self._owners:
+            if isinstance(owner.head, ExactHead):
+                owner.head.consolidate()
+
     def grow(self, owner: Owner) -> None:
         """Extend the state of a head that has grown: zeros for the new classes, as at the start."""
         for parameter in owner.head.owned_parameters():
             for key, value in self.state.get(parameter, {}).items():
-                if value.dim():
+                if value.dim() and key not in BY_COLUMN:
                     fresh = value.new_zeros(parameter.shape[0] - len(value), *value.shape[1:])
                     self.state[parameter][key] = torch.cat([value, fresh])
 
@@ -237,12 +300,21 @@ class FusedOptimizer(torch.optim.Optimizer):
         return state
 
     def _check_group(self, group: dict[str, Any], heads: list[Head]) -> None:
+        if not self.takes_deferred and any(head.deferred for head in heads):
+            raise ShapeError(
+                f"heads: {type(self).__name__} cannot train an ExactHead, whose weights have no gradient of their own "
+                "each: FusedSGD and FusedRMSprop can"
+            )
         check(float(group["lr"]) >= 0, f"lr: expected at least 0, got {group['lr']}")
         check(group["weight_decay"] >= 0, f"weight_decay: expected at least 0, got {group['weight_decay']}")
         rounding = group["rounding"]
         check(
             rounding is None or rounding in ROUNDINGS,
             f"rounding: expected {', '.join(ROUNDINGS)} or None, got {rounding!r}",
+        )
+        check(
+            rounding in (None, "nearest") or not any(head.deferred for head in heads),
+            f"rounding: expected None or 'nearest' with an ExactHead, got {rounding!r}",
         )
 
     def _moments(self, group: dict[str, Any]) -> tuple[str, ...]:
@@ -254,7 +326,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
 
 class FusedSGD(FusedOptimizer):
-    """Stochastic gradient descent inside backward: `torch.optim.SGD` without its gradient.
+    """Stochastic gradient descent inside backward: `torch.optim.SGD` without its gradient. Of an `ExactHead` in step().
 
     g += weight_decay w; with momentum m = momentum m + g, g = m (m starts as g); w -= lr g.
 
@@ -276,10 +348,11 @@ class FusedSGD(FusedOptimizer):
         ShapeError: an option out of range, or a head that is owned already.
         NonFiniteError: in backward, a hidden state or gradient is NaN or infinite (no scaler); nothing has changed. On
             a GPU the error comes from a later step(), or from `head.check()`.
-        Error: in backward, the second one before step().
+        Error: in backward, the second one before step(); those of an `ExactHead` add up.
     """
 
     optimizer_name = "sgd"
+    takes_deferred = True
 
     def __init__(
         self,
@@ -301,6 +374,10 @@ class FusedSGD(FusedOptimizer):
 
     def _moments(self, group: dict[str, Any]) -> tuple[str, ...]:
         return ("momentum_buffer",) if group["momentum"] else ()
+
+    def _take_step(self, owner: Owner) -> bool:
+        assert isinstance(owner.head, ExactHead)
+        return owner.head.take_step(**exact_step(self.param_groups[owner.group_index]))
 
     def _core_options(self, group: dict[str, Any]) -> dict[str, float]:
         return {"momentum": float(group["momentum"])}
@@ -350,3 +427,8 @@ class FusedAdam(FusedOptimizer):
     def _core_options(self, group: dict[str, Any]) -> dict[str, float]:
         beta1, beta2 = group["betas"]
         return {"beta1": float(beta1), "beta2": float(beta2), "eps": float(group["eps"])}
+
+
+def exact_step(group: dict[str, Any]) -> dict[str, float]:
+    """What an exact head's step takes of a parameter group."""
+    return {name: float(group[name]) for name in ("lr", "weight_decay", "momentum")}

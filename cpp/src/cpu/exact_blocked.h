@@ -1,0 +1,415 @@
+// exact_blocked.h -- the inverse-free method: rows of the targets take plain steps for a block, the others only its matrix
+//
+// Of a row R_c that is no target since the block began, R_c = V_c U + omega holds: U is the product of the block's step matrices. Rows that
+// were targets lie apart, `hot`, as they are. When the block ends they go back to the store, and U becomes a matrix of its log.
+#pragma once
+#include <cmath>
+
+#include "cpu/exact_core.h"
+#include "cpu/exact_pending.h"
+#include "cpu/exact_store.h"
+#include "widehead/error.h"
+
+namespace widehead::cpu {
+
+template <class Row, class Factor>
+class BlockedExact final : public ExactCore {
+ public:
+  BlockedExact(Matrix<Row> weight, Matrix<Row> velocity, const ExactOptions& options)
+      : options_(options),
+        store_(weight, velocity, options.radix),
+        gram_(weight.cols, store_.width()),
+        pending_(weight.cols, store_.width()),
+        omega_(static_cast<std::size_t>(store_.width()), 0.0) {
+    classes = weight.rows;
+    features = weight.cols;
+    momentum = velocity.data != nullptr;
+    hot_.resize(0, width());
+    begin_block();
+    sum_rows();
+  }
+
+  std::shared_ptr<ExactBatch> forward(const ConstAnyMatrix& hidden, const Labels& target, bool train, double* A,
+                                      double* q, double* s) override {
+    auto batch = std::make_shared<ExactBatch>();
+    batch->hidden = as_double(hidden);
+    batch->indptr.resize(static_cast<std::size_t>(target.rows) + 1);
+    for (i64 i = 0; i <= target.rows; ++i)
+      batch->indptr[static_cast<std::size_t>(i)] = target.indptr ? target.indptr[i] - target.indptr[0] : i;
+    const i64* first = target.indices + (target.indptr ? target.indptr[0] : 0);
+    batch->ids.assign(first, first + batch->indptr.back());
+    batch->steps = steps_;
+    batch->train = train;
+    gram_.statistics(batch->hidden, batch->hidden_squares, q, s);
+    std::vector<i64> ids = distinct(batch->ids);
+    if (train) {
+      warm(ids);
+      outputs(*batch, [&](i64 id) { return hot_.row(slots_.at(id)); }, A);
+    } else {
+      const Dense<Factor> rows = read(ids);
+      batch->rows.resize(rows.rows, rows.cols);
+      std::copy(rows.data.begin(), rows.data.end(), batch->rows.data.begin());
+      batch->unique = std::move(ids);
+      outputs(*batch, [&](i64 id) { return kept_row(*batch, id); }, A);
+    }
+    return batch;
+  }
+
+  void backward(const ExactBatch& batch, const double* grad_A, const double* grad_q, const double* grad_s,
+                AnyMatrix grad_hidden) override {
+    if (batch.steps != steps_) throw Error("backward: the weights have taken a step since this batch's forward pass");
+    if (batch.train) warm(distinct(batch.ids));  // consolidate() may have sent them home
+    Dense<double> x(batch.hidden.rows, width());
+    parallel_for(batch.hidden.rows, [&](i64 i) {
+      double* out = x.row(i);
+      for (i64 k = 0; k < width(); ++k)
+        out[k] = 2 * grad_q[i] * batch.hidden_squares.at(i, k) + grad_s[i] * gram_.sums()[static_cast<std::size_t>(k)];
+      for (i64 t = batch.indptr[static_cast<std::size_t>(i)]; t < batch.indptr[static_cast<std::size_t>(i) + 1]; ++t) {
+        const i64 id = batch.ids[static_cast<std::size_t>(t)];
+        if (batch.train) {
+          add_row(grad_A[t], hot_.row(slots_.at(id)), out);
+        } else {
+          add_row(grad_A[t], kept_row(batch, id), out);
+        }
+      }
+    });
+    if (grad_hidden) store_rows(x, features, grad_hidden);
+    if (!batch.train) return;
+    pending_.add(batch.hidden, batch.indptr, batch.ids, grad_A, grad_q, grad_s, x);
+  }
+
+  double grad_norm2() const override {
+    const Dense<double> m = gradient_products(hot_gradients(factor_of(pending_.hidden)));
+    double norm2 = 0;
+    for (i64 i = 0; i < m.rows; ++i)
+      for (i64 j = 0; j < m.rows; ++j) {
+        double dot = 0;
+        for (i64 k = 0; k < features; ++k) dot += pending_.hidden.at(i, k) * pending_.hidden.at(j, k);
+        norm2 += m.at(i, j) * dot;
+      }
+    return norm2;
+  }
+
+  void grad_columns(double* mean_squares) const override {
+    const Dense<double> m = gradient_products(hot_gradients(factor_of(pending_.hidden)));
+    Dense<double> mh(m.rows, features);
+    product(m, false, pending_.hidden, false, mh);
+    for (i64 k = 0; k < features; ++k) {
+      double sum = 0;
+      for (i64 i = 0; i < m.rows; ++i) sum += mh.at(i, k) * pending_.hidden.at(i, k);
+      mean_squares[k] = sum / static_cast<double>(classes);
+    }
+  }
+
+  void scale_grad(double factor) override { pending_.scale(factor); }
+  void zero_grad() override { pending_.clear(); }
+  std::int64_t pending() const override { return pending_.examples(); }
+
+  void step(const ExactStep& step) override {
+    const i64 m = pending_.examples();
+    if (m == 0) return;
+    if (step.lr == 0 && !momentum) return pending_.clear();
+    const Carry j = carry_of(step);
+    const Dense<double> b = directions(step);
+    const Dense<Factor> hidden = factor_of(pending_.hidden), directions = factor_of(b);
+    const Dense<Factor> s = hot_gradients(hidden);
+    const std::vector<double> ones = pending_.ones(gram_.sums(), classes);
+    const Dense<double> products = gradient_products(s, ones);
+    carry(j, features, hot_);
+    product(s, false, directions, false, hot_, Factor{1});
+    move_factor(j, hidden, directions);
+    move_omega(j, b);
+    gram_.step(j, pending_.by_rows, products, ones, b);
+    pending_.clear();
+    ++steps_;
+    if (++in_block_ >= options_.block_steps) close_block();
+  }
+
+  void rows(const std::int64_t* ids, std::int64_t n, AnyMatrix out) const override {
+    const Dense<Factor> all = read(std::vector<i64>(ids, ids + n));
+    store_rows(all, features, out);
+  }
+
+  void consolidate() override {
+    close_block();
+    store_.consolidate([&](i64, Factor* row) { add_omega(row); });
+    std::fill(omega_.begin(), omega_.end(), 0.0);
+    warm(distinct(pending_.ids));
+  }
+
+  void refresh() override {
+    consolidate();
+    sum_rows();
+  }
+
+  ExactDiagnostics diagnostics() const override {
+    ExactDiagnostics out{};
+    out.steps = steps_;
+    out.blocks = blocks_;
+    out.matrices = store_.log().matrices();
+    out.hot_rows = hot_.rows;
+    out.fetched = fetched_;
+    out.row_products = store_.row_products();
+    for (i64 k = 0; k < features; ++k) out.weight_norm2 += gram_.squares().at(k, k);
+    out.gram_error = gram_error();
+    return out;
+  }
+
+ private:
+  static constexpr i64 kChunk = 1024;
+
+  i64 width() const { return store_.width(); }
+
+  static Dense<Factor> factor_of(const Dense<double>& from) {
+    Dense<Factor> out(from.rows, from.cols);
+    for (std::size_t i = 0; i < from.data.size(); ++i) out.data[i] = static_cast<Factor>(from.data[i]);
+    return out;
+  }
+
+  static std::vector<i64> distinct(std::vector<i64> ids) {
+    std::sort(ids.begin(), ids.end());
+    ids.erase(std::unique(ids.begin(), ids.end()), ids.end());
+    return ids;
+  }
+  static const double* kept_row(const ExactBatch& batch, i64 id) {
+    return batch.rows.row(std::lower_bound(batch.unique.begin(), batch.unique.end(), id) - batch.unique.begin());
+  }
+  template <class Real>
+  void add_row(double factor, const Real* row, double* out) const {
+    for (i64 k = 0; k < width(); ++k) out[k] += factor * static_cast<double>(row[k]);
+  }
+
+  template <class RowOf>
+  void outputs(const ExactBatch& batch, RowOf row_of, double* A) const {
+    parallel_for(batch.hidden.rows, [&](i64 i) {
+      for (i64 t = batch.indptr[static_cast<std::size_t>(i)]; t < batch.indptr[static_cast<std::size_t>(i) + 1]; ++t) {
+        const auto* row = row_of(batch.ids[static_cast<std::size_t>(t)]);
+        double sum = 0;
+        for (i64 k = 0; k < features; ++k) sum += static_cast<double>(row[k]) * batch.hidden.at(i, k);
+        A[t] = sum;
+      }
+    });
+  }
+
+  void add_omega(Factor* row) const {
+    for (i64 k = 0; k < width(); ++k)
+      row[k] = static_cast<Factor>(static_cast<double>(row[k]) + omega_[static_cast<std::size_t>(k)]);
+  }
+
+  // Rows as they are now.
+  Dense<Factor> read(const std::vector<i64>& ids) const {
+    std::vector<i64> cold;
+    for (i64 id : ids)
+      if (!slots_.contains(id)) cold.push_back(id);
+    Dense<Factor> rows = read_cold(cold);
+    if (cold.size() == ids.size()) return rows;
+    Dense<Factor> out(static_cast<i64>(ids.size()), width());
+    i64 next = 0;
+    for (std::size_t i = 0; i < ids.size(); ++i) {
+      const auto slot = slots_.find(ids[i]);
+      std::copy_n(slot == slots_.end() ? rows.row(next++) : hot_.row(slot->second), width(),
+                  out.row(static_cast<i64>(i)));
+    }
+    return out;
+  }
+  Dense<Factor> read_cold(const std::vector<i64>& ids) const {
+    Dense<Factor> rows = store_.read(ids.data(), static_cast<i64>(ids.size()));
+    if (in_block_ > 0) {
+      Dense<Factor> now(rows.rows, width());
+      product(rows, false, factor_, false, now);
+      rows = std::move(now);
+    }
+    for (i64 i = 0; i < rows.rows; ++i) add_omega(rows.row(i));
+    return rows;
+  }
+
+  // Takes rows out of the store; `ids` ascend.
+  void warm(const std::vector<i64>& ids) {
+    std::vector<i64> cold;
+    for (i64 id : ids)
+      if (!slots_.contains(id)) cold.push_back(id);
+    if (cold.empty()) return;
+    const Dense<Factor> rows = read_cold(cold);
+    hot_.data.insert(hot_.data.end(), rows.data.begin(), rows.data.end());
+    hot_.rows += rows.rows;
+    for (i64 id : cold) {
+      slots_.emplace(id, static_cast<i64>(hot_ids_.size()));
+      hot_ids_.push_back(id);
+      store_.take(id);
+    }
+    fetched_ += rows.rows;
+  }
+
+  Carry carry_of(const ExactStep& step) const {
+    const double keep = 1 - step.lr * step.weight_decay;
+    if (!momentum) return {keep, 0, 0, 1};
+    return {keep, step.weight_decay, -step.lr * step.momentum, step.momentum};
+  }
+
+  // B [m, width].
+  Dense<double> directions(const ExactStep& step) const {
+    Dense<double> b(pending_.examples(), width());
+    for (i64 i = 0; i < b.rows; ++i)
+      for (i64 k = 0; k < features; ++k) {
+        const double h = pending_.hidden.at(i, k) * (step.column_scale ? step.column_scale[k] : 1.0);
+        b.at(i, k) = -step.lr * h;
+        if (momentum) b.at(i, features + k) = h;
+      }
+    return b;
+  }
+
+  static std::vector<Factor> doubled(const std::vector<double>& x) {
+    std::vector<Factor> out(x.size());
+    for (std::size_t i = 0; i < x.size(); ++i) out[i] = static_cast<Factor>(2 * x[i]);
+    return out;
+  }
+
+  // S of the hot rows, [hot, m].
+  Dense<Factor> hot_gradients(const Dense<Factor>& hidden) const {
+    Dense<Factor> s(hot_.rows, pending_.examples());
+    Product<Factor> p{};
+    p.m = hot_.rows;
+    p.n = s.cols;
+    p.k = features;
+    p.a = hot_.data.data();
+    p.a_stride = width();
+    p.b = hidden.data.data();
+    p.b_stride = features;
+    p.b_transposed = true;
+    p.c = s.data.data();
+    p.c_stride = s.cols;
+    multiply(p);
+    const std::vector<Factor> q = doubled(pending_.gq), sums(pending_.gs.begin(), pending_.gs.end());
+    for (i64 r = 0; r < s.rows; ++r) {
+      Factor* row = s.row(r);
+      for (std::size_t i = 0; i < q.size(); ++i) row[i] = q[i] * row[i] + sums[i];
+    }
+    for (i64 i = 0; i < s.cols; ++i)
+      for (i64 t = pending_.indptr[static_cast<std::size_t>(i)]; t < pending_.indptr[static_cast<std::size_t>(i) + 1];
+           ++t)
+        s.at(slots_.at(pending_.ids[static_cast<std::size_t>(t)]), i) +=
+            static_cast<Factor>(pending_.gA[static_cast<std::size_t>(t)]);
+    return s;
+  }
+
+  Dense<double> gradient_products(const Dense<Factor>& s, const std::vector<double>& ones) const {
+    return pending_.products(ones, [&](i64 t) { return s.row(slots_.at(pending_.ids[static_cast<std::size_t>(t)])); });
+  }
+  Dense<double> gradient_products(const Dense<Factor>& s) const {
+    return gradient_products(s, pending_.ones(gram_.sums(), classes));
+  }
+
+  // U <- U J + (U's first columns) (2 H gq)' B
+  void move_factor(const Carry& j, const Dense<Factor>& hidden, const Dense<Factor>& b) {
+    Dense<Factor> t(width(), hidden.rows);
+    if (in_block_ == 0) {  // U = I
+      std::fill(t.data.begin(), t.data.end(), Factor{0});
+      for (i64 k = 0; k < features; ++k)
+        for (i64 i = 0; i < hidden.rows; ++i) t.at(k, i) = hidden.at(i, k);
+    } else {
+      Product<Factor> p{};
+      p.m = width();
+      p.n = hidden.rows;
+      p.k = features;
+      p.a = factor_.data.data();
+      p.a_stride = width();
+      p.b = hidden.data.data();
+      p.b_stride = features;
+      p.b_transposed = true;
+      p.c = t.data.data();
+      p.c_stride = t.cols;
+      multiply(p);
+    }
+    const std::vector<Factor> q = doubled(pending_.gq);
+    for (i64 k = 0; k < width(); ++k) {
+      Factor* row = t.row(k);
+      for (std::size_t i = 0; i < q.size(); ++i) row[i] *= q[i];
+    }
+    carry(j, features, factor_);
+    product(t, false, b, false, factor_, Factor{1});
+  }
+
+  void move_omega(const Carry& j, const Dense<double>& b) {
+    std::vector<double> s(static_cast<std::size_t>(b.rows));
+    for (i64 i = 0; i < b.rows; ++i) {
+      double dot = 0;
+      for (i64 k = 0; k < features; ++k) dot += omega_[static_cast<std::size_t>(k)] * pending_.hidden.at(i, k);
+      s[static_cast<std::size_t>(i)] =
+          2 * pending_.gq[static_cast<std::size_t>(i)] * dot + pending_.gs[static_cast<std::size_t>(i)];
+    }
+    carry_row(j, features, width(), omega_.data());
+    for (i64 i = 0; i < b.rows; ++i)
+      for (i64 k = 0; k < width(); ++k)
+        omega_[static_cast<std::size_t>(k)] += s[static_cast<std::size_t>(i)] * b.at(i, k);
+  }
+
+  void begin_block() {
+    factor_ = Dense<Factor>::identity(width());
+    hot_.resize(0, width());
+    hot_ids_.clear();
+    slots_.clear();
+    in_block_ = 0;
+  }
+  void close_block() {
+    for (i64 i = 0; i < hot_.rows; ++i)
+      for (i64 k = 0; k < width(); ++k)
+        hot_.at(i, k) = static_cast<Factor>(static_cast<double>(hot_.at(i, k)) - omega_[static_cast<std::size_t>(k)]);
+    if (in_block_ > 0 || hot_.rows > 0) {
+      store_.close(std::move(factor_), hot_ids_, hot_);
+      ++blocks_;
+    }
+    begin_block();
+  }
+
+  template <class F>
+  void each_chunk(F f) const {
+    for (i64 first = 0; first < classes; first += kChunk) {
+      std::vector<i64> ids;
+      for (i64 id = first; id < std::min(classes, first + kChunk); ++id) ids.push_back(id);
+      f(read(ids));
+    }
+  }
+  void sum_rows() {
+    gram_.reset();
+    each_chunk([&](const Dense<Factor>& rows) {
+      Dense<double> wide(rows.rows, rows.cols);
+      std::copy(rows.data.begin(), rows.data.end(), wide.data.begin());
+      gram_.add(wide);
+    });
+  }
+
+  // |Q p - W'(W p)| over |Q p| for p of alternating signs that fade.
+  double gram_error() const {
+    const i64 d = features;
+    std::vector<double> probe(static_cast<std::size_t>(d)), sum(static_cast<std::size_t>(d), 0.0);
+    for (i64 k = 0; k < d; ++k)
+      probe[static_cast<std::size_t>(k)] = (k % 2 ? -1.0 : 1.0) / static_cast<double>(1 + k % 7);
+    each_chunk([&](const Dense<Factor>& rows) {
+      for (i64 r = 0; r < rows.rows; ++r) {
+        double dot = 0;
+        for (i64 k = 0; k < d; ++k) dot += static_cast<double>(rows.at(r, k)) * probe[static_cast<std::size_t>(k)];
+        for (i64 k = 0; k < d; ++k) sum[static_cast<std::size_t>(k)] += dot * static_cast<double>(rows.at(r, k));
+      }
+    });
+    double off = 0, whole = 0;
+    for (i64 r = 0; r < d; ++r) {
+      double dot = 0;
+      for (i64 k = 0; k < d; ++k) dot += gram_.squares().at(r, k) * probe[static_cast<std::size_t>(k)];
+      whole += dot * dot;
+      off += (dot - sum[static_cast<std::size_t>(r)]) * (dot - sum[static_cast<std::size_t>(r)]);
+    }
+    return whole > 0 ? std::sqrt(off / whole) : std::sqrt(off);
+  }
+
+  ExactOptions options_;
+  RowStore<Row, Factor> store_;
+  Gram gram_;
+  Pending pending_;
+  std::vector<double> omega_;  // added to every row that is not hot
+  Dense<Factor> factor_, hot_;
+  std::vector<i64> hot_ids_;
+  std::unordered_map<i64, i64> slots_;
+  i64 in_block_ = 0, steps_ = 0, blocks_ = 0, fetched_ = 0;
+};
+
+}  // namespace widehead::cpu

@@ -1,0 +1,47 @@
+// exact_core.h -- what a method of the exact head does for the class that users see
+#pragma once
+#include <vector>
+
+#include "cpu/exact_matrix.h"
+#include "widehead/exact.h"
+
+namespace widehead {
+
+// What a forward pass keeps: the batch, its targets by place in `rows`, and H times W'W.
+class ExactBatch {
+ public:
+  cpu::Dense<double> hidden;          // [m, d]
+  cpu::Dense<double> hidden_squares;  // [m, width]
+  std::vector<cpu::i64> indptr, ids;  // the targets
+  cpu::i64 steps = 0;                 // of the head when this was made
+  bool train = false;
+  std::vector<cpu::i64> unique;  // without `train`: the targets in ascending order, and their rows
+  cpu::Dense<double> rows;
+};
+
+class ExactCore {
+ public:
+  virtual ~ExactCore() = default;
+  virtual std::shared_ptr<ExactBatch> forward(const ConstAnyMatrix& hidden, const Labels& target, bool train, double* A,
+                                              double* q, double* s) = 0;
+  virtual void backward(const ExactBatch& batch, const double* grad_A, const double* grad_q, const double* grad_s,
+                        AnyMatrix grad_hidden) = 0;
+  virtual double grad_norm2() const = 0;
+  virtual void grad_columns(double* mean_squares) const = 0;
+  virtual void scale_grad(double factor) = 0;
+  virtual void zero_grad() = 0;
+  virtual std::int64_t pending() const = 0;
+  virtual void step(const ExactStep& step) = 0;
+  virtual void rows(const std::int64_t* ids, std::int64_t n, AnyMatrix out) const = 0;
+  virtual void consolidate() = 0;
+  virtual void refresh() = 0;
+  virtual ExactDiagnostics diagnostics() const = 0;
+
+  std::int64_t classes = 0, features = 0;
+  bool momentum = false;
+};
+
+namespace cpu {
+std::unique_ptr<ExactCore> make_exact(AnyMatrix weight, AnyMatrix velocity, const ExactOptions& options);
+}
+}  // namespace widehead

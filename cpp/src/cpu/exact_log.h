@@ -1,0 +1,84 @@
+// exact_log.h -- the block matrices since a row was last written, as a log-structured merge
+//
+// A row with label e is to be multiplied by the matrices of the blocks e, e + 1, ... Level 0 holds the newest blocks, an interval
+// of a level above is the product of a full level below. Each interval keeps the product from its own start to its level's end, so
+// that a row takes one product a level. When a level is full it goes up as one interval; rows whose label lies strictly within it move
+// to its end, rows at its start stay: no pass over all rows, ever.
+#pragma once
+#include <unordered_map>
+#include <utility>
+
+#include "cpu/exact_matrix.h"
+
+namespace widehead::cpu {
+
+template <class Factor>
+class BlockLog {
+ public:
+  struct Place {
+    int level = -1;  // -1: nothing to multiply by
+    int index = 0;
+  };
+  struct Interval {
+    i64 start;
+    Dense<Factor> suffix;
+  };
+
+  BlockLog(i64 width, i64 radix) : width_(width), radix_(radix), levels_(1) {}
+
+  i64 end() const { return end_; }  // the label of rows that are written now
+  int levels() const { return static_cast<int>(levels_.size()); }
+  const Dense<Factor>& suffix(int level, int index) const {
+    return levels_[static_cast<std::size_t>(level)][static_cast<std::size_t>(index)].suffix;
+  }
+  bool empty(int level) const { return levels_[static_cast<std::size_t>(level)].empty(); }
+  i64 matrices() const {
+    i64 n = 0;
+    for (const auto& level : levels_) n += static_cast<i64>(level.size());
+    return n;
+  }
+  Place place(i64 label) const {
+    const auto found = places_.find(label);
+    return found == places_.end() ? Place{} : found->second;
+  }
+
+  // Takes the matrix of a block. move(label, to, suffix) multiplies the rows of a label and gives them the label `to`.
+  template <class Move>
+  void push(Dense<Factor> block, Move move) {
+    append(0, {end_, std::move(block)});
+    ++end_;
+    for (std::size_t l = 0; levels_[l].size() >= static_cast<std::size_t>(radix_); ++l) {
+      for (std::size_t i = 1; i < levels_[l].size(); ++i) move(levels_[l][i].start, end_, levels_[l][i].suffix);
+      Interval whole = std::move(levels_[l].front());
+      levels_[l].clear();
+      if (l + 1 == levels_.size()) levels_.emplace_back();
+      append(l + 1, std::move(whole));
+    }
+    places_.clear();
+    for (std::size_t l = 0; l < levels_.size(); ++l)
+      for (std::size_t i = 0; i < levels_[l].size(); ++i)
+        places_[levels_[l][i].start] = {static_cast<int>(l), static_cast<int>(i)};
+  }
+
+  void clear() {
+    levels_.assign(1, {});
+    places_.clear();
+    end_ = 0;
+  }
+
+ private:
+  void append(std::size_t level, Interval interval) {
+    Dense<Factor> grown(width_, width_);
+    for (Interval& old : levels_[level]) {
+      product(old.suffix, false, interval.suffix, false, grown);
+      std::swap(old.suffix.data, grown.data);
+    }
+    levels_[level].push_back(std::move(interval));
+  }
+
+  i64 width_, radix_, end_ = 0;
+  std::vector<std::vector<Interval>> levels_;  // 0 the newest
+  std::unordered_map<i64, Place> places_;
+};
+
+}  // namespace widehead::cpu

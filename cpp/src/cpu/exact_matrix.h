@@ -1,0 +1,64 @@
+// exact_matrix.h -- small owned matrices of the exact head and their products
+#pragma once
+#include <cstdint>
+#include <vector>
+
+#include "cpu/matmul.h"
+#include "widehead/view.h"
+
+namespace widehead::cpu {
+
+using i64 = std::int64_t;
+
+// [rows, cols], row-major without gaps.
+template <class Real>
+struct Dense {
+  i64 rows = 0, cols = 0;
+  std::vector<Real> data;
+
+  Dense() = default;
+  Dense(i64 rows_, i64 cols_) { resize(rows_, cols_); }
+  void resize(i64 rows_, i64 cols_) {
+    rows = rows_;
+    cols = cols_;
+    data.resize(static_cast<std::size_t>(rows * cols));
+  }
+  Real* row(i64 r) { return data.data() + r * cols; }
+  const Real* row(i64 r) const { return data.data() + r * cols; }
+  Real& at(i64 r, i64 c) { return row(r)[c]; }
+  Real at(i64 r, i64 c) const { return row(r)[c]; }
+
+  static Dense identity(i64 n) {
+    Dense out(n, n);
+    for (i64 i = 0; i < n; ++i) out.at(i, i) = 1;
+    return out;
+  }
+};
+
+// The caller's numbers, and back.
+Dense<double> as_double(const ConstAnyMatrix& from);
+void store_rows(const Dense<double>& rows, i64 columns, const AnyMatrix& out);
+void store_rows(const Dense<float>& rows, i64 columns, const AnyMatrix& out);
+
+// C = alpha op(A) op(B) + beta C
+template <class Real>
+void product(const Dense<Real>& a, bool a_transposed, const Dense<Real>& b, bool b_transposed, Dense<Real>& c,
+             Real beta = 0, Real alpha = 1) {
+  Product<Real> p{};
+  p.m = c.rows;
+  p.n = c.cols;
+  p.k = b_transposed ? b.cols : b.rows;
+  p.a = a.data.data();
+  p.a_stride = a.cols;
+  p.a_transposed = a_transposed;
+  p.b = b.data.data();
+  p.b_stride = b.cols;
+  p.b_transposed = b_transposed;
+  p.c = c.data.data();
+  p.c_stride = c.cols;
+  p.alpha = alpha;
+  p.beta = beta;
+  multiply(p);
+}
+
+}  // namespace widehead::cpu

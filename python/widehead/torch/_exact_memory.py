@@ -1,0 +1,129 @@
+"""_exact_memory.py -- the core's state of an exact head beside the parameters it works in.
+
+Weight and bias are views of one matrix `[D, d + 1]`, as the bias is the weight of a feature that is always 1; without a
+bias the matrix is the weight. Velocities of momentum lie in another one like it. Between two consolidations the matrix
+holds a factor of the weights, which only the core can read.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from widehead import _core
+from widehead._core import Error
+
+from ._device import capsule
+from ._glue import follow_threads
+
+
+def joined(parts: list[Tensor]) -> Tensor | None:
+    """The matrix that weight `[D, d]` and, if there is one, bias `[D]` are views of; None where they lie apart."""
+    weight = parts[0].detach()
+    if len(parts) == 1:
+        return weight if weight.is_contiguous() else None
+    bias, columns = parts[1].detach(), weight.shape[1] + 1
+    beside = (
+        weight.stride() == (columns, 1)
+        and bias.stride() == (columns,)
+        and weight.dtype == bias.dtype
+        and bias.untyped_storage().data_ptr() == weight.untyped_storage().data_ptr()
+        and bias.data_ptr() == weight.data_ptr() + weight.shape[1] * weight.element_size()
+    )
+    return weight.as_strided((len(weight), columns), (columns, 1)) if beside else None
+
+
+def views(matrix: Tensor, n: int) -> list[Tensor]:
+    """The one or two parts of a matrix."""
+    return [matrix] if n == 1 else [matrix[:, :-1], matrix[:, -1]]
+
+
+def join(parts: list[Tensor]) -> Tensor:
+    """A new matrix that holds the parts."""
+    weight = parts[0].detach()
+    matrix = weight.new_empty(len(weight), weight.shape[1] + len(parts) - 1)
+    for view, part in zip(views(matrix, len(parts)), parts, strict=True):
+        view.copy_(part)
+    return matrix
+
+
+def version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
+
+
+class ExactMemory:
+    """The core's state over the parameters and the velocities of a head.
+
+    Attributes:
+        core: the state. retired: it is the head's no more.
+        overflow: a gradient that should be pending is not finite, under a GradScaler.
+    """
+
+    def __init__(self, parameters: list[Tensor], velocities: list[Tensor], wide: bool, block_steps: int) -> None:
+        """The parameters and the velocities, none without momentum, lie joined already."""
+        self._parameters, self._velocities = parameters, velocities
+        matrix, velocity = joined(parameters), joined(velocities) if velocities else None
+        assert matrix is not None and (velocity is not None or not velocities)
+        follow_threads()
+        self.core: Any = _core.ExactState(capsule(matrix), capsule(velocity), wide=wide, block_steps=block_steps)
+        self.retired = self.overflow = False
+        self._settled = True
+        self._record()
+
+    @property
+    def momentum(self) -> bool:
+        return bool(self._velocities)
+
+    def lies_in(self, parameters: list[Tensor], velocities: list[Tensor]) -> bool:
+        """Whether it works in these very tensors."""
+        mine, theirs = self._parameters + self._velocities, parameters + velocities
+        return (
+            len(mine) == len(theirs)
+            and len(velocities) == len(self._velocities)
+            and all(a is b for a, b in zip(mine, theirs, strict=True))
+            and [t.data_ptr() for t in theirs] == self._places
+        )
+
+    def edited(self) -> bool:
+        """Whether somebody else has written to the tensors."""
+        return [version(t) for t in self._parameters + self._velocities] != self._versions
+
+    def check_unedited(self) -> None:
+        if self.edited():
+            raise Error(
+                "the weights (or velocities) were written to since the forward pass or the last step: drop what waits "
+                "for step() with zero_grad(), and run the forward pass again"
+            )
+
+    def consolidate(self) -> None:
+        """Makes the tensors hold weights and velocities."""
+        if self._settled:
+            return
+        if self.edited():
+            raise Error(
+                "weight was written to through a reference from before the last step, when it held a factor of the "
+                "weights: take head.weight anew before writing to it; load_state_dict() makes the head whole again"
+            )
+        follow_threads()
+        self.core.consolidate()
+        self._settled = True
+
+    def step(self, **how: Any) -> None:
+        follow_threads()
+        self.core.step(**how)
+        self._settled = False
+        for tensor in self._parameters + self._velocities:
+            if not tensor.is_inference():
+                torch.autograd.graph.increment_version(tensor)  # a graph that has kept it must not be walked any more
+        self._record()
+
+    def drop_pending(self) -> None:
+        self.overflow = False
+        self.core.zero_grad()
+
+    def _record(self) -> None:
+        tensors = self._parameters + self._velocities
+        self._places = [t.data_ptr() for t in tensors]
+        self._versions = [version(t) for t in tensors]
