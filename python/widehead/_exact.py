@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from . import _core
 from ._arrays import as_batch, example_weights, stored
 from ._core import DtypeError, ShapeError
 from ._output import OutputHead
-from ._results import ForwardResult, Reduction, StepResult
+from ._results import ForwardResult, Reduction, StepResult, TopKResult
 from .labels import Labels, Target, as_target, check_range
 from .options import ExactOptions, choose
 
@@ -108,6 +109,7 @@ class ExactHead(OutputHead):
     prefix = "dense"  # of the queries over all classes
     options: ExactOptions  # type: ignore[assignment]
     class_weight = None
+    _negated = False  # queries with -hidden want -bias
 
     def __init__(
         self,
@@ -362,6 +364,31 @@ class ExactHead(OutputHead):
         W'W on a probe (a pass over all rows), |W|^2."""
         return self._exact.diagnostics()
 
+    def topk(
+        self, hidden: NDArray, k: int, exclude: Labels | Iterable[Sequence[int]] | Any | None = None
+    ) -> TopKResult:
+        """The k best classes; see `DenseHead.topk`. Spherical and Taylor softmax: the most probable ones, whose outputs
+        are the largest or the smallest, as probabilities grow with |o| and |o + 1|. Scores are the outputs."""
+        least = {"spherical_softmax": 0.0, "taylor_softmax": -1.0}.get(self.options.loss)
+        high = super().topk(hidden, k, exclude)
+        if least is None:
+            return high
+        self._negated = True
+        try:
+            rows = np.asarray(hidden)
+            low = super().topk(rows ^ np.uint16(0x8000) if rows.dtype == np.uint16 else -rows, k, exclude)
+        finally:
+            self._negated = False
+        scores = np.concatenate([high.scores, -low.scores], -1)
+        classes = np.concatenate([high.classes, low.classes], -1)
+        # Each class from one of the two lists only; the rest goes to the end.
+        ours = ((scores >= least) == (np.arange(2 * k) < k)) & (classes >= 0) & ~np.isnan(scores)
+        rank = np.where(ours, np.abs(scores - least), -np.inf)
+        order = np.lexsort((classes, -rank), axis=-1)[..., :k]
+        found = np.take_along_axis(rank, order, -1) >= 0
+        scores, classes = np.take_along_axis(scores, order, -1), np.take_along_axis(classes, order, -1)
+        return TopKResult(np.where(found, scores, -np.inf), np.where(found, classes, -1))
+
     def log_prob(self, hidden: NDArray, classes: ArrayLike | None = None) -> NDArray:
         """Log-probabilities as in `DenseHead.log_prob`, of spherical or Taylor softmax."""
         o = self.options.loss_arguments()
@@ -458,7 +485,7 @@ class ExactHead(OutputHead):
 
     def _query(self, hidden: NDArray) -> dict[str, Any]:
         self.consolidate()
-        bias = None if self._bias is None else np.ascontiguousarray(self._bias)
+        bias = None if self._bias is None else np.ascontiguousarray(-self._bias if self._negated else self._bias)
         return {"hidden": hidden, "weight": self._weight, "bias": bias, "softcap": 0.0}
 
     def _tensors(self) -> dict[str, NDArray]:

@@ -10,7 +10,7 @@ import pytest
 
 from widehead import Labels, _core
 from widehead.files import FileError
-from widehead.numpy import DenseHead, ExactHead
+from widehead.numpy import DenseHead, ExactHead, from_bfloat16, to_bfloat16
 
 D, WIDTH, BATCH = 50, 6, 5
 LOSSES: dict[str, dict[str, float]] = {
@@ -171,12 +171,19 @@ def test_queries_are_those_of_a_dense_head(loss: str) -> None:
     dense = DenseHead(WIDTH, D)
     dense.weight, dense.bias = head.weight, head.bias
     hidden = rng.standard_normal((BATCH, WIDTH)).astype(np.float32)
-    scores, classes = head.topk(hidden, 4, exclude=[[0, 1]] * BATCH)
-    want = dense.topk(hidden, 4, exclude=[[0, 1]] * BATCH)
-    assert np.array_equal(classes, want.classes) and np.array_equal(scores, want.scores)
-    assert np.array_equal(head.predict(hidden), dense.predict(hidden))
     z = head.scores(hidden)
     assert np.array_equal(z, dense.scores(hidden))
+    likely = np.abs(z - {"spherical_softmax": 0, "taylor_softmax": -1}[loss]) if "softmax" in loss else z.copy()
+    assert np.array_equal(head.predict(hidden), likely.argmax(1))
+    likely[:, :2] = -np.inf
+    for k in (1, 4, D):
+        scores, classes = head.topk(hidden, k, exclude=[[0, 1]] * BATCH)
+        order = np.argsort(-likely, axis=1, kind="stable")[:, : min(k, D - 2)]
+        assert np.array_equal(classes[:, : D - 2], order)
+        assert np.array_equal(scores[:, : D - 2], np.take_along_axis(z, order, 1))
+        assert (classes[:, D - 2 :] == -1).all() and (scores[:, D - 2 :] == -np.inf).all()
+    half = to_bfloat16(hidden)
+    assert np.array_equal(head.predict(half), head.predict(from_bfloat16(half)))
     if loss not in ("spherical_softmax", "taylor_softmax"):
         with pytest.raises(_core.ShapeError, match="log_prob: expected spherical_softmax or taylor_softmax"):
             head.log_prob(hidden)
