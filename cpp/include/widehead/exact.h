@@ -34,10 +34,17 @@ struct SphericalOptions {
 void spherical_loss(const SphericalOptions& options, const Labels& target, const double* A, const double* q,
                     const double* s, double* losses, double* grad_A, double* grad_q, double* grad_s);
 
+// blocked   rows of the targets take plain steps for a block of steps, all others one matrix a block; no inverse
+// woodbury  the published one: rows V_j U + omega with U and its inverse for an epoch; no momentum
+enum class ExactMethod : std::uint8_t { blocked, woodbury };
+const char* name_of(ExactMethod method);
+
 struct ExactOptions {
+  ExactMethod method = ExactMethod::blocked;
   bool wide = false;             // factors and the rows of a block in float64 beside float32 rows
-  std::int64_t block_steps = 4;  // steps after which the rows of a block go back to the store
+  std::int64_t block_steps = 4;  // blocked: steps after which the rows of a block go back to the store
   std::int64_t radix = 8;        // of the merge of block matrices
+  double max_kappa = 4.0;  // woodbury: an epoch ends before a singular value of U leaves [1 / max_kappa, max_kappa]
 };
 
 struct ExactStep {
@@ -51,6 +58,9 @@ struct ExactDiagnostics {
   std::int64_t steps, blocks, matrices, hot_rows, fetched, row_products;
   double gram_error;    // max |Q p - W'(W p)| / |Q p| for a probe p; streams all rows
   double weight_norm2;  // |W|^2, of Q
+  double kappa;         // woodbury: bounds the singular values of U and of its inverse
+  std::int64_t
+      plain_steps;  // woodbury: steps beyond max_kappa on their own, that took the rows of their targets plainly
 };
 
 class ExactCore;
@@ -89,7 +99,8 @@ class ExactHead {
   void rows(const std::int64_t* ids, std::int64_t n, AnyMatrix out) const;
   // Rewrites the caller's memory so that it holds W (and the velocities); one pass over it.
   void consolidate();
-  // Recomputes W'W and W'1 from the rows: after the caller has written to a consolidated W.
+  // Recomputes W'W and W'1 from the rows: after the caller has written to a consolidated W. Batches of before are stale. Throws
+  // ShapeError while a gradient waits for its step.
   void refresh();
   ExactDiagnostics diagnostics() const;
 

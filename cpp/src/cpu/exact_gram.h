@@ -3,6 +3,9 @@
 // A step is R <- R J + S B with J = [[j11, j12], [j21, j22]] (x) identity, S = 2 W H'diag(gq) + 1 gs' + Y the derivative of the loss
 // by the outputs [D, m] (H [m, d] the batch), Y its sparse part, and B [m, width]: -lr H, or [-lr H | H] with momentum.
 #pragma once
+#include <algorithm>
+#include <cmath>
+
 #include "cpu/exact_matrix.h"
 
 namespace widehead::cpu {
@@ -91,6 +94,31 @@ class Gram {
     for (i64 i = 0; i < b.rows; ++i)
       for (i64 k = 0; k < b.cols; ++k)
         sums_[static_cast<std::size_t>(k)] += ones[static_cast<std::size_t>(i)] * b.at(i, k);
+  }
+
+  // |Q p - W'(W p)| over |Q p| for p of alternating signs that fade; read(first, n) gives rows of R.
+  template <class Read>
+  double error(Read read, i64 classes) const {
+    constexpr i64 kChunk = 1024;
+    std::vector<double> probe(static_cast<std::size_t>(d_)), sum(static_cast<std::size_t>(d_), 0.0);
+    for (i64 k = 0; k < d_; ++k)
+      probe[static_cast<std::size_t>(k)] = (k % 2 ? -1.0 : 1.0) / static_cast<double>(1 + k % 7);
+    for (i64 first = 0; first < classes; first += kChunk) {
+      const auto rows = read(first, std::min(kChunk, classes - first));
+      for (i64 r = 0; r < rows.rows; ++r) {
+        double dot = 0;
+        for (i64 k = 0; k < d_; ++k) dot += static_cast<double>(rows.at(r, k)) * probe[static_cast<std::size_t>(k)];
+        for (i64 k = 0; k < d_; ++k) sum[static_cast<std::size_t>(k)] += dot * static_cast<double>(rows.at(r, k));
+      }
+    }
+    double off = 0, whole = 0;
+    for (i64 r = 0; r < d_; ++r) {
+      double dot = 0;
+      for (i64 k = 0; k < d_; ++k) dot += squares_.at(r, k) * probe[static_cast<std::size_t>(k)];
+      whole += dot * dot;
+      off += (dot - sum[static_cast<std::size_t>(r)]) * (dot - sum[static_cast<std::size_t>(r)]);
+    }
+    return whole > 0 ? std::sqrt(off / whole) : std::sqrt(off);
   }
 
  private:

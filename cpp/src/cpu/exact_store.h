@@ -80,6 +80,16 @@ class RowStore {
     if (list != lists_.end()) drop_stale(list->second, id);
     labels_[static_cast<std::size_t>(id)] = kAway;
   }
+  // A row as of the end of the log.
+  void put(i64 id, const Factor* row) {
+    const i64 now = log_.end();
+    if (label(id) != now) {
+      take(id);
+      labels_[static_cast<std::size_t>(id)] = static_cast<std::uint32_t>(now);
+      lists_[now].ids.push_back(id);
+    }
+    write(id, row);
+  }
   // Ends a block: rows that were away come back as of after it.
   void close(Dense<Factor> block, const std::vector<i64>& ids, const Dense<Factor>& rows) {
     const i64 now = log_.end() + 1;
