@@ -199,8 +199,8 @@ class BlockedExact final : public ExactCore {
   Dense<Factor> read_cold(const std::vector<i64>& ids) const {
     Dense<Factor> rows = store_.read(ids.data(), static_cast<i64>(ids.size()));
     if (in_block_ > 0) {
-      Dense<Factor> now(rows.rows, width());
-      product(rows, false, factor_, false, now);
+      Dense<Factor> now = rows;
+      product(rows, false, factor_, false, now, Factor{1});
       rows = std::move(now);
     }
     for (i64 i = 0; i < rows.rows; ++i) add_omega(rows.row(i));
@@ -283,14 +283,12 @@ class BlockedExact final : public ExactCore {
     return gradient_products(s, pending_.ones(gram_.sums(), classes));
   }
 
-  // U <- U J + (U's first columns) (2 H gq)' B
+  // U <- U J + (U's first columns) (2 H gq)' B, of U - I
   void move_factor(const Carry& j, const Dense<Factor>& hidden, const Dense<Factor>& b) {
     Dense<Factor> t(width(), hidden.rows);
-    if (in_block_ == 0) {  // U = I
-      std::fill(t.data.begin(), t.data.end(), Factor{0});
-      for (i64 k = 0; k < features; ++k)
-        for (i64 i = 0; i < hidden.rows; ++i) t.at(k, i) = hidden.at(i, k);
-    } else {
+    for (i64 k = 0; k < features; ++k)
+      for (i64 i = 0; i < hidden.rows; ++i) t.at(k, i) = hidden.at(i, k);
+    if (in_block_ > 0) {
       Product<Factor> p{};
       p.m = width();
       p.n = hidden.rows;
@@ -302,11 +300,13 @@ class BlockedExact final : public ExactCore {
       p.b_transposed = true;
       p.c = t.data.data();
       p.c_stride = t.cols;
+      p.beta = 1;
       multiply(p);
     }
     for (i64 k = 0; k < width(); ++k)
       for (i64 i = 0; i < t.cols; ++i) t.at(k, i) *= static_cast<Factor>(2 * pending_.gq[static_cast<std::size_t>(i)]);
     carry(j, features, factor_);
+    carry_from_identity(j, features, factor_);
     product(t, false, b, false, factor_, Factor{1});
   }
 
@@ -325,7 +325,7 @@ class BlockedExact final : public ExactCore {
   }
 
   void begin_block() {
-    factor_ = Dense<Factor>::identity(width());
+    factor_ = Dense<Factor>(width(), width());
     hot_.resize(0, width());
     hot_ids_.clear();
     slots_.clear();
@@ -362,8 +362,8 @@ class BlockedExact final : public ExactCore {
   RowStore<Row, Factor> store_;
   Gram gram_;
   Pending pending_;
-  std::vector<double> omega_;  // added to every row that is not hot
-  Dense<Factor> factor_, hot_;
+  std::vector<double> omega_;   // added to every row that is not hot
+  Dense<Factor> factor_, hot_;  // U - I, see exact_log.h
   std::vector<i64> hot_ids_;
   std::unordered_map<i64, i64> slots_;
   i64 in_block_ = 0, base_ = 0, version_ = 0, steps_ = 0, blocks_ = 0, fetched_ = 0;

@@ -36,6 +36,18 @@ void carry(const Carry& j, i64 d, Dense<Real>& rows) {
   for (i64 r = 0; r < rows.rows; ++r) carry_row(j, d, rows.cols, rows.row(r));
 }
 
+// square += J - I
+template <class Real>
+void carry_from_identity(const Carry& j, i64 d, Dense<Real>& square) {
+  for (i64 k = 0; k < d; ++k) {
+    square.at(k, k) += static_cast<Real>(j.j11 - 1);
+    if (square.cols == d) continue;
+    square.at(k, d + k) += static_cast<Real>(j.j12);
+    square.at(d + k, k) += static_cast<Real>(j.j21);
+    square.at(d + k, d + k) += static_cast<Real>(j.j22 - 1);
+  }
+}
+
 class Gram {
  public:
   Gram(i64 features, i64 width) : d_(features), squares_(width, width), sums_(static_cast<std::size_t>(width)) {}

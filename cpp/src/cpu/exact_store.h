@@ -90,7 +90,7 @@ class RowStore {
     }
     write(id, row);
   }
-  // Ends a block: rows that were away come back as of after it.
+  // Ends a block, of matrix I + `block`: rows that were away come back as of after it.
   void close(Dense<Factor> block, const std::vector<i64>& ids, const Dense<Factor>& rows) {
     const i64 now = log_.end() + 1;
     List& list = lists_[now];
@@ -99,7 +99,7 @@ class RowStore {
       labels_[static_cast<std::size_t>(ids[i])] = static_cast<std::uint32_t>(now);
       list.ids.push_back(ids[i]);
     }
-    log_.push(std::move(block), [&](i64 from, i64 to, const Dense<Factor>& suffix) { move(from, to, suffix); });
+    log_.push(std::move(block), [&](i64 from, i64 to, const BlockMatrix<Factor>& suffix) { move(from, to, suffix); });
   }
 
   // All rows as they are, written in place; `finish(id, row)` adds what the store does not know.
@@ -140,20 +140,22 @@ class RowStore {
   }
 
   // rows[begin, end) *= suffix
-  void advance(Dense<Factor>& rows, i64 begin, i64 end, const Dense<Factor>& suffix, Dense<Factor>& other) const {
+  void advance(Dense<Factor>& rows, i64 begin, i64 end, const BlockMatrix<Factor>& suffix, Dense<Factor>& other) const {
     if (begin == end) return;
     Product<Factor> p{};
     p.m = end - begin;
     p.n = p.k = width();
     p.a = rows.row(begin);
-    p.b = suffix.data.data();
+    p.b = suffix.matrix.data.data();
     p.c = other.row(begin);
     p.a_stride = p.b_stride = p.c_stride = width();
+    p.beta = static_cast<Factor>(suffix.beside_identity);
+    std::memcpy(other.row(begin), rows.row(begin), static_cast<std::size_t>(p.m * width()) * sizeof(Factor));
     multiply(p);
     std::memcpy(rows.row(begin), other.row(begin), static_cast<std::size_t>(p.m * width()) * sizeof(Factor));
   }
 
-  void move(i64 from, i64 to, const Dense<Factor>& suffix) {
+  void move(i64 from, i64 to, const BlockMatrix<Factor>& suffix) {
     constexpr i64 kRows = 256;
     const auto found = lists_.find(from);
     if (found == lists_.end()) return;

@@ -291,8 +291,9 @@ class WoodburyExact final : public ExactCore {
     add_omega(rows_);
     product(s, false, b, false, rows_, keep);
     move_omega(keep, e, b);
-    Dense<double> p = Dense<double>::identity(features);
-    product(e, true, b, false, p, keep);
+    Dense<double> p(features, features);
+    product(e, true, b, false, p);
+    for (i64 k = 0; k < features; ++k) p.at(k, k) += keep - 1;
     Dense<Factor> out(rows_.rows, features);
     for (i64 r = 0; r < out.rows; ++r)
       for (i64 c = 0; c < features; ++c)
@@ -330,6 +331,7 @@ class WoodburyExact final : public ExactCore {
     Dense<double> rows(rows_.rows, features);
     product(rows_, false, factor_, false, rows);
     rows_ = std::move(rows);
+    for (i64 k = 0; k < features; ++k) factor_.at(k, k) -= 1;
     store_.close(narrow(factor_), {}, Dense<Factor>());
     ++blocks_;
     ++base_;
