@@ -1,6 +1,7 @@
-"""exact_drift.py -- rounding of the exact head over long runs, against dense float64 SGD, beside dense float32 SGD's own.
+"""exact_drift.py -- rounding of the exact head over long runs, beside that of dense float32 SGD.
 
-python bench/exact_drift.py          10,000 steps of every loss and method, 100,000 of the blocked one; docs/exact_drift.svg
+python bench/exact_drift.py          10,000 steps of every loss and method, 100,000 of the blocked one; draws
+                                     docs/exact_drift.svg
 python bench/exact_drift.py --quick  400 steps, prints and writes nothing
 """
 
@@ -20,8 +21,7 @@ from widehead import _core
 ROOT = Path(__file__).resolve().parent.parent
 CLASSES, FEATURES, BATCH = 4000, 64, 32
 LOSS_OPTIONS = {"eps": 1e-2, "a": 1.0, "b": 10.0}
-# Rates are 2 lr lambda_1 for squared error, lambda_1 the largest eigenvalue of the batches' mean H'H: it is stable below 2.
-# The others are given lr itself.
+# A rate is 2 lr lambda_1 of squared error, lambda_1 the largest eigenvalue of the batches' mean H'H: stable below 2.
 CASES = [
     {"loss": "squared_error", "rate": 0.02},
     {"loss": "squared_error", "rate": 0.2},
@@ -187,8 +187,10 @@ def figure(results: list[dict[str, Any]], path: Path) -> None:
     plot, grid = plt.subplots(rows, columns, figsize=(9.6, 2.6 * rows), sharex=True, squeeze=False)
     for axes, result in zip(grid.flat, results, strict=False):
         for name, errors in result["errors"].items():
-            style = {"color": "black", "linestyle": "--"} if name == "dense float32" else {"marker": ".", "markersize": 4}
-            axes.loglog(result["steps"], errors, linewidth=1, label=name, **style)
+            if name == "dense float32":
+                axes.loglog(result["steps"], errors, "k--", linewidth=1, label=name)
+            else:
+                axes.loglog(result["steps"], errors, ".-", linewidth=1, markersize=4, label=name)
         rate = f"rate {result['rate']}" if "rate" in result else f"lr {result['lr']}"
         axes.set_title(f"{result['loss'].replace('_', ' ')}, {rate}", fontsize=8)
         axes.tick_params(labelsize=7)

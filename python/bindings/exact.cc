@@ -107,6 +107,7 @@ class State {
     out["row_products"] = d.row_products;
     out["gram_error"] = d.gram_error;
     out["weight_norm2"] = d.weight_norm2;
+    out["listed"] = d.listed;
     out["kappa"] = d.kappa;
     out["plain_steps"] = d.plain_steps;
     return out;

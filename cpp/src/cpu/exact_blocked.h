@@ -140,6 +140,7 @@ class BlockedExact final : public ExactCore {
     out.hot_rows = hot_.rows;
     out.fetched = fetched_;
     out.row_products = store_.row_products();
+    out.listed = store_.listed();
     for (i64 k = 0; k < features; ++k) out.weight_norm2 += gram_.squares().at(k, k);
     out.kappa = 1;
     out.gram_error = gram_.error([&](i64 first, i64 n) { return read_range(first, n); }, classes);

@@ -85,7 +85,7 @@ class Pending {
     product(hidden, false, hidden, true, gram);
     double sum = 0;
     for (std::size_t i = 0; i < gram.data.size(); ++i) sum += products.data[i] * gram.data[i];
-    return sum;
+    return std::max(sum, 0.0);  // rounding where all of it cancels
   }
   void columns(const Dense<double>& products, i64 classes, double* mean_squares) const {
     Dense<double> weighted(examples(), d_);
@@ -93,7 +93,7 @@ class Pending {
     for (i64 k = 0; k < d_; ++k) {
       double sum = 0;
       for (i64 i = 0; i < examples(); ++i) sum += weighted.at(i, k) * hidden.at(i, k);
-      mean_squares[k] = sum / static_cast<double>(classes);
+      mean_squares[k] = std::max(sum, 0.0) / static_cast<double>(classes);
     }
   }
 

@@ -25,6 +25,11 @@ class RowStore {
   i64 width() const { return weight_.cols * (velocity_.data ? 2 : 1); }
   const BlockLog<Factor>& log() const { return log_; }
   i64 row_products() const { return row_products_; }
+  i64 listed() const {
+    i64 n = 0;
+    for (const auto& [label, list] : lists_) n += static_cast<i64>(list.ids.size());
+    return n;
+  }
 
   // Rows as they are at the end of the log, [n, width]; the sum of the constant part is the caller's.
   Dense<Factor> read(const i64* ids, i64 n) const {

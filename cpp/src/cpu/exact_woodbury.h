@@ -1,10 +1,11 @@
 // exact_woodbury.h -- the published method: rows W_j = V_j U + omega, of which a step writes those of the targets alone
 //
-// A step is W <- W P + S_sparse B with P = f I + E'B, where E = 2 diag(gq) H and B = -lr H [m, d]. By Sherman, Morrison and Woodbury
-//   T = B U'^-1 = K^-T (B U^-1), K = f I + E B' [m, m];   U'^-T = (U^-T - T'E) / f;   U' = U P;   V_j' = V_j + Y_j T.
-// Where U shrinks, what is written to V grows by 1 / sigma_min, and so do rounding errors. So U, U^-T live for an epoch only: before a step
-// would take a singular value of U beyond `max_kappa` or below its inverse, U goes to the log of the store and U = I again; rows
-// follow when they are next read. A step that is beyond it on its own, a singular one too, is a plain step on the rows of its targets.
+// A step is W <- W P + Y'B + 1 gs'B with P = f I + E'B, where E = 2 diag(gq) H and B = -lr H [m, d]. By Sherman, Morrison and
+// Woodbury, with K = f I + E B' [m, m] and T = B U'^-1 = K'^-1 (B U^-1):
+//   U'^-T = (U^-T - T'E) / f,   U' = U P,   V_j' = V_j + Y_j'T,   omega' = omega P + gs'B.
+// Where U shrinks, what is written to V grows by 1 / sigma_min, and rounding errors with it. So U lives for an epoch only: before
+// a step would take U or U^-1 beyond `max_kappa`, U goes to the log of the store, and U = I again; rows follow when they are
+// next read. A step that goes beyond it on its own, a singular one too, is a plain step on the rows of its targets.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -154,6 +155,7 @@ class WoodburyExact final : public ExactCore {
     out.hot_rows = rows_.rows;
     out.fetched = fetched_;
     out.row_products = store_.row_products();
+    out.listed = store_.listed();
     out.plain_steps = plain_steps_;
     out.kappa = kappa_;
     for (i64 k = 0; k < features; ++k) out.weight_norm2 += gram_.squares().at(k, k);
