@@ -28,6 +28,8 @@ void check_ids(const char* name, const int64_t* ids, int64_t n, int64_t classes)
 
 }  // namespace
 
+const char* name_of(ExactMethod method) { return method == ExactMethod::blocked ? "blocked" : "woodbury"; }
+
 ExactHead::ExactHead(AnyMatrix weight, AnyMatrix velocity, const ExactOptions& options) {
   const bool real = weight.dtype == Dtype::f32 || weight.dtype == Dtype::f64;
   expect_dtype("weight", weight.dtype, real, "float32 or float64");
@@ -43,6 +45,9 @@ ExactHead::ExactHead(AnyMatrix weight, AnyMatrix velocity, const ExactOptions& o
   if (options.block_steps < 1)
     throw ShapeError("block_steps: expected at least 1, got " + to_string(options.block_steps));
   if (options.radix < 2) throw ShapeError("radix: expected at least 2, got " + to_string(options.radix));
+  check_option("max_kappa", options.max_kappa, options.max_kappa > 1, "a number > 1");
+  if (velocity && options.method == ExactMethod::woodbury)
+    throw ShapeError("velocity: expected none with method 'woodbury', which has no momentum; 'blocked' has");
   core_ = cpu::make_exact(weight, velocity, options);
 }
 ExactHead::~ExactHead() = default;
@@ -104,7 +109,12 @@ void ExactHead::rows(const int64_t* ids, int64_t n, AnyMatrix out) const {
 }
 
 void ExactHead::consolidate() { core_->consolidate(); }
-void ExactHead::refresh() { core_->refresh(); }
+void ExactHead::refresh() {
+  if (const int64_t waiting = core_->pending(); waiting > 0)
+    throw ShapeError("refresh: expected no gradient that waits for its step, got one of " + to_string(waiting) +
+                     " examples");
+  core_->refresh();
+}
 ExactDiagnostics ExactHead::diagnostics() const { return core_->diagnostics(); }
 
 }  // namespace widehead

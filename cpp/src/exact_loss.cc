@@ -1,6 +1,8 @@
 // exact_loss.cc -- losses of a batch from its statistics
 #include "exact_loss.h"
 
+#include <limits>
+
 #include "check.h"
 
 namespace widehead {
@@ -19,6 +21,7 @@ void spherical_loss(const SphericalOptions& options, const Labels& target, const
   check_option("eps", options.eps, options.eps > 0, "a number > 0");
   check_option("a", options.a, options.a > 0, "a number > 0");
   check_option("b", options.b, true, "a finite number");
+  check_labels(target, std::numeric_limits<std::int64_t>::min(), "target");
   for (std::int64_t i = 0; i < target.rows; ++i) {
     SphericalRow row{q[i], s[i], static_cast<double>(target.n_classes)};
     const std::int64_t begin = target.indptr ? target.indptr[i] : i, end = target.indptr ? target.indptr[i + 1] : i + 1;

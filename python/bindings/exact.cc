@@ -30,12 +30,19 @@ double* doubles(Arrays& arrays, nb::handle h, const char* name, const char* axes
   return static_cast<double*>(v.data);
 }
 
+ExactMethod method_of(const std::string& name) {
+  for (const ExactMethod method : {ExactMethod::blocked, ExactMethod::woodbury})
+    if (name == name_of(method)) return method;
+  throw ShapeError("method: expected 'blocked' or 'woodbury', got '" + name + "'");
+}
+
 class State {
  public:
-  State(nb::handle weight, nb::handle velocity, bool wide, std::int64_t block_steps, std::int64_t radix)
+  State(nb::handle weight, nb::handle velocity, const std::string& method, bool wide, std::int64_t block_steps,
+        std::int64_t radix, double max_kappa)
       : weight_(arrays_.out_matrix(weight, {"weight", "[n_classes, in_features]", kResult})),
         head_(make(weight_, arrays_.out_matrix(velocity, {"velocity", "[n_classes, in_features]", kResult, true}),
-                   {wide, block_steps, radix})) {}
+                   {method_of(method), wide, block_steps, radix, max_kappa})) {}
 
   Batch forward(nb::handle hidden, nb::handle indptr, nb::handle indices, nb::handle values, bool train, nb::handle A,
                 nb::handle q, nb::handle s) {
@@ -100,6 +107,9 @@ class State {
     out["row_products"] = d.row_products;
     out["gram_error"] = d.gram_error;
     out["weight_norm2"] = d.weight_norm2;
+    out["listed"] = d.listed;
+    out["kappa"] = d.kappa;
+    out["plain_steps"] = d.plain_steps;
     return out;
   }
 
@@ -147,8 +157,9 @@ void loss(const std::string& name, double eps, double a, double b, std::int64_t 
 void bind_exact(nb::module_& m) {
   nb::class_<Batch>(m, "ExactBatch", "What a forward pass of the exact head keeps for its backward pass.");
   nb::class_<State>(m, "ExactState", "The exact head's state beside its weight; see exact.h.")
-      .def(nb::init<nb::handle, nb::handle, bool, std::int64_t, std::int64_t>(), "weight"_a,
-           "velocity"_a.none() = nb::none(), nb::kw_only(), "wide"_a = false, "block_steps"_a = 4, "radix"_a = 8)
+      .def(nb::init<nb::handle, nb::handle, const std::string&, bool, std::int64_t, std::int64_t, double>(), "weight"_a,
+           "velocity"_a.none() = nb::none(), nb::kw_only(), "method"_a = "blocked", "wide"_a = false,
+           "block_steps"_a = 4, "radix"_a = 8, "max_kappa"_a = 4.0)
       .def("forward", &State::forward, nb::kw_only(), "hidden"_a, "indptr"_a.none(), "indices"_a,
            "values"_a.none() = nb::none(), "train"_a, "A"_a, "q"_a, "s"_a)
       .def("backward", &State::backward, "batch"_a, nb::kw_only(), "grad_A"_a, "grad_q"_a, "grad_s"_a,

@@ -1,5 +1,6 @@
 // exact.cc -- the exact head's state by the types of its rows and of its factors
 #include "cpu/exact_blocked.h"
+#include "cpu/exact_woodbury.h"
 #include "widehead/random.h"
 
 namespace widehead::cpu {
@@ -36,6 +37,8 @@ Matrix<T> typed(const AnyMatrix& m) {
 
 template <class Row, class Factor>
 std::unique_ptr<ExactCore> make(const AnyMatrix& weight, const AnyMatrix& velocity, const ExactOptions& options) {
+  if (options.method == ExactMethod::woodbury)
+    return std::make_unique<WoodburyExact<Row, Factor>>(typed<Row>(weight), options);
   return std::make_unique<BlockedExact<Row, Factor>>(typed<Row>(weight), typed<Row>(velocity), options);
 }
 

@@ -38,7 +38,8 @@ class BlockedExact final : public ExactCore {
       batch->indptr[static_cast<std::size_t>(i)] = target.indptr ? target.indptr[i] - target.indptr[0] : i;
     const i64* first = target.indices + (target.indptr ? target.indptr[0] : 0);
     batch->ids.assign(first, first + batch->indptr.back());
-    batch->steps = steps_;
+    batch->steps = version_;
+    batch->base = base_;
     batch->train = train;
     gram_.statistics(batch->hidden, batch->hidden_squares, q, s);
     std::vector<i64> ids = distinct(batch->ids);
@@ -57,8 +58,8 @@ class BlockedExact final : public ExactCore {
 
   void backward(const ExactBatch& batch, const double* grad_A, const double* grad_q, const double* grad_s,
                 AnyMatrix grad_hidden) override {
-    if (batch.steps != steps_) throw Error("backward: the weights have taken a step since this batch's forward pass");
-    if (batch.train) warm(distinct(batch.ids));  // consolidate() may have sent them home
+    if (batch.steps != version_) throw Error("backward: the weights have taken a step since this batch's forward pass");
+    if (batch.train && batch.base != base_) warm_again(batch.ids);
     Dense<double> x(batch.hidden.rows, width());
     parallel_for(batch.hidden.rows, [&](i64 i) {
       double* out = x.row(i);
@@ -79,26 +80,10 @@ class BlockedExact final : public ExactCore {
   }
 
   double grad_norm2() const override {
-    const Dense<double> m = gradient_products(hot_gradients(factor_of(pending_.hidden)));
-    double norm2 = 0;
-    for (i64 i = 0; i < m.rows; ++i)
-      for (i64 j = 0; j < m.rows; ++j) {
-        double dot = 0;
-        for (i64 k = 0; k < features; ++k) dot += pending_.hidden.at(i, k) * pending_.hidden.at(j, k);
-        norm2 += m.at(i, j) * dot;
-      }
-    return norm2;
+    return pending_.norm2(gradient_products(hot_gradients(factor_of(pending_.hidden))));
   }
-
   void grad_columns(double* mean_squares) const override {
-    const Dense<double> m = gradient_products(hot_gradients(factor_of(pending_.hidden)));
-    Dense<double> mh(m.rows, features);
-    product(m, false, pending_.hidden, false, mh);
-    for (i64 k = 0; k < features; ++k) {
-      double sum = 0;
-      for (i64 i = 0; i < m.rows; ++i) sum += mh.at(i, k) * pending_.hidden.at(i, k);
-      mean_squares[k] = sum / static_cast<double>(classes);
-    }
+    pending_.columns(gradient_products(hot_gradients(factor_of(pending_.hidden))), classes, mean_squares);
   }
 
   void scale_grad(double factor) override { pending_.scale(factor); }
@@ -122,6 +107,7 @@ class BlockedExact final : public ExactCore {
     gram_.step(j, pending_.by_rows, products, ones, b);
     pending_.clear();
     ++steps_;
+    ++version_;
     if (++in_block_ >= options_.block_steps) close_block();
   }
 
@@ -134,12 +120,14 @@ class BlockedExact final : public ExactCore {
     close_block();
     store_.consolidate([&](i64, Factor* row) { add_omega(row); });
     std::fill(omega_.begin(), omega_.end(), 0.0);
-    warm(distinct(pending_.ids));
+    ++base_;
+    warm_again(pending_.ids);
   }
 
   void refresh() override {
     consolidate();
     sum_rows();
+    ++version_;
   }
 
   ExactDiagnostics diagnostics() const override {
@@ -150,14 +138,14 @@ class BlockedExact final : public ExactCore {
     out.hot_rows = hot_.rows;
     out.fetched = fetched_;
     out.row_products = store_.row_products();
+    out.listed = store_.listed();
     for (i64 k = 0; k < features; ++k) out.weight_norm2 += gram_.squares().at(k, k);
-    out.gram_error = gram_error();
+    out.kappa = 1;
+    out.gram_error = gram_.error([&](i64 first, i64 n) { return read_range(first, n); }, classes);
     return out;
   }
 
  private:
-  static constexpr i64 kChunk = 1024;
-
   i64 width() const { return store_.width(); }
 
   static Dense<Factor> factor_of(const Dense<double>& from) {
@@ -215,8 +203,8 @@ class BlockedExact final : public ExactCore {
   Dense<Factor> read_cold(const std::vector<i64>& ids) const {
     Dense<Factor> rows = store_.read(ids.data(), static_cast<i64>(ids.size()));
     if (in_block_ > 0) {
-      Dense<Factor> now(rows.rows, width());
-      product(rows, false, factor_, false, now);
+      Dense<Factor> now = rows;
+      product(rows, false, factor_, false, now, Factor{1});
       rows = std::move(now);
     }
     for (i64 i = 0; i < rows.rows; ++i) add_omega(rows.row(i));
@@ -238,6 +226,13 @@ class BlockedExact final : public ExactCore {
       store_.take(id);
     }
     fetched_ += rows.rows;
+  }
+
+  // After the rows were brought together between a batch's forward pass and its step.
+  void warm_again(std::vector<i64> ids) {
+    std::sort(ids.begin(), ids.end());
+    ids.erase(std::unique(ids.begin(), ids.end()), ids.end());
+    warm(ids);
   }
 
   Carry carry_of(const ExactStep& step) const {
@@ -299,14 +294,12 @@ class BlockedExact final : public ExactCore {
     return gradient_products(s, pending_.ones(gram_.sums(), classes));
   }
 
-  // U <- U J + (U's first columns) (2 H gq)' B
+  // U <- U J + (U's first columns) (2 H gq)' B, of U - I
   void move_factor(const Carry& j, const Dense<Factor>& hidden, const Dense<Factor>& b) {
     Dense<Factor> t(width(), hidden.rows);
-    if (in_block_ == 0) {  // U = I
-      std::fill(t.data.begin(), t.data.end(), Factor{0});
-      for (i64 k = 0; k < features; ++k)
-        for (i64 i = 0; i < hidden.rows; ++i) t.at(k, i) = hidden.at(i, k);
-    } else {
+    for (i64 k = 0; k < features; ++k)
+      for (i64 i = 0; i < hidden.rows; ++i) t.at(k, i) = hidden.at(i, k);
+    if (in_block_ > 0) {
       Product<Factor> p{};
       p.m = width();
       p.n = hidden.rows;
@@ -318,6 +311,7 @@ class BlockedExact final : public ExactCore {
       p.b_transposed = true;
       p.c = t.data.data();
       p.c_stride = t.cols;
+      p.beta = 1;
       multiply(p);
     }
     const std::vector<Factor> q = doubled(pending_.gq);
@@ -326,6 +320,7 @@ class BlockedExact final : public ExactCore {
       for (std::size_t i = 0; i < q.size(); ++i) row[i] *= q[i];
     }
     carry(j, features, factor_);
+    carry_from_identity(j, features, factor_);
     product(t, false, b, false, factor_, Factor{1});
   }
 
@@ -344,7 +339,7 @@ class BlockedExact final : public ExactCore {
   }
 
   void begin_block() {
-    factor_ = Dense<Factor>::identity(width());
+    factor_ = Dense<Factor>(width(), width());
     hot_.resize(0, width());
     hot_ids_.clear();
     slots_.clear();
@@ -361,55 +356,31 @@ class BlockedExact final : public ExactCore {
     begin_block();
   }
 
-  template <class F>
-  void each_chunk(F f) const {
-    for (i64 first = 0; first < classes; first += kChunk) {
-      std::vector<i64> ids;
-      for (i64 id = first; id < std::min(classes, first + kChunk); ++id) ids.push_back(id);
-      f(read(ids));
-    }
+  Dense<Factor> read_range(i64 first, i64 n) const {
+    std::vector<i64> ids(static_cast<std::size_t>(n));
+    for (i64 i = 0; i < n; ++i) ids[static_cast<std::size_t>(i)] = first + i;
+    return read(ids);
   }
   void sum_rows() {
+    constexpr i64 kChunk = 1024;
     gram_.reset();
-    each_chunk([&](const Dense<Factor>& rows) {
+    for (i64 first = 0; first < classes; first += kChunk) {
+      const Dense<Factor> rows = read_range(first, std::min(kChunk, classes - first));
       Dense<double> wide(rows.rows, rows.cols);
       std::copy(rows.data.begin(), rows.data.end(), wide.data.begin());
       gram_.add(wide);
-    });
-  }
-
-  // |Q p - W'(W p)| over |Q p| for p of alternating signs that fade.
-  double gram_error() const {
-    const i64 d = features;
-    std::vector<double> probe(static_cast<std::size_t>(d)), sum(static_cast<std::size_t>(d), 0.0);
-    for (i64 k = 0; k < d; ++k)
-      probe[static_cast<std::size_t>(k)] = (k % 2 ? -1.0 : 1.0) / static_cast<double>(1 + k % 7);
-    each_chunk([&](const Dense<Factor>& rows) {
-      for (i64 r = 0; r < rows.rows; ++r) {
-        double dot = 0;
-        for (i64 k = 0; k < d; ++k) dot += static_cast<double>(rows.at(r, k)) * probe[static_cast<std::size_t>(k)];
-        for (i64 k = 0; k < d; ++k) sum[static_cast<std::size_t>(k)] += dot * static_cast<double>(rows.at(r, k));
-      }
-    });
-    double off = 0, whole = 0;
-    for (i64 r = 0; r < d; ++r) {
-      double dot = 0;
-      for (i64 k = 0; k < d; ++k) dot += gram_.squares().at(r, k) * probe[static_cast<std::size_t>(k)];
-      whole += dot * dot;
-      off += (dot - sum[static_cast<std::size_t>(r)]) * (dot - sum[static_cast<std::size_t>(r)]);
     }
-    return whole > 0 ? std::sqrt(off / whole) : std::sqrt(off);
   }
 
   ExactOptions options_;
   RowStore<Row, Factor> store_;
   Gram gram_;
   Pending pending_;
-  std::vector<double> omega_;  // added to every row that is not hot
-  Dense<Factor> factor_, hot_;
+  std::vector<double> omega_;   // added to every row that is not hot
+  Dense<Factor> factor_, hot_;  // U - I, see exact_log.h
   std::vector<i64> hot_ids_;
   std::unordered_map<i64, i64> slots_;
-  i64 in_block_ = 0, steps_ = 0, blocks_ = 0, fetched_ = 0;
+  i64 in_block_ = 0, base_ = 0, version_ = 0, steps_ = 0, blocks_ = 0, fetched_ = 0;
 };
 
 }  // namespace widehead::cpu

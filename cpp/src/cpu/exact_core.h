@@ -14,8 +14,9 @@ class ExactBatch {
   cpu::Dense<double> hidden_squares;  // [m, width]
   std::vector<cpu::i64> indptr, ids;  // the targets
   cpu::i64 steps = 0;                 // of the head when this was made
+  cpu::i64 base = 0;                  // of the rows: how often they had been brought together
   bool train = false;
-  std::vector<cpu::i64> unique;  // without `train`: the targets in ascending order, and their rows
+  std::vector<cpu::i64> unique;  // the targets in ascending order, and their rows, where the method keeps them here
   cpu::Dense<double> rows;
 };
 

@@ -4,6 +4,7 @@
 // by the outputs [D, m] (H [m, d] the batch), Y its sparse part, and B [m, width]: -lr H, or [-lr H | H] with momentum.
 #pragma once
 #include <algorithm>
+#include <cmath>
 
 #include "cpu/exact_matrix.h"
 
@@ -33,6 +34,18 @@ template <class Real>
 void carry(const Carry& j, i64 d, Dense<Real>& rows) {
   if (rows.cols == d && j.j11 == 1) return;
   for (i64 r = 0; r < rows.rows; ++r) carry_row(j, d, rows.cols, rows.row(r));
+}
+
+// square += J - I
+template <class Real>
+void carry_from_identity(const Carry& j, i64 d, Dense<Real>& square) {
+  for (i64 k = 0; k < d; ++k) {
+    square.at(k, k) += static_cast<Real>(j.j11 - 1);
+    if (square.cols == d) continue;
+    square.at(k, d + k) += static_cast<Real>(j.j12);
+    square.at(d + k, k) += static_cast<Real>(j.j21);
+    square.at(d + k, d + k) += static_cast<Real>(j.j22 - 1);
+  }
 }
 
 class Gram {
@@ -95,6 +108,31 @@ class Gram {
     for (i64 i = 0; i < b.rows; ++i)
       for (i64 k = 0; k < b.cols; ++k)
         sums_[static_cast<std::size_t>(k)] += ones[static_cast<std::size_t>(i)] * b.at(i, k);
+  }
+
+  // |Q p - W'(W p)| over |Q p| for p of alternating signs that fade; read(first, n) gives rows of R.
+  template <class Read>
+  double error(Read read, i64 classes) const {
+    constexpr i64 kChunk = 1024;
+    std::vector<double> probe(static_cast<std::size_t>(d_)), sum(static_cast<std::size_t>(d_), 0.0);
+    for (i64 k = 0; k < d_; ++k)
+      probe[static_cast<std::size_t>(k)] = (k % 2 ? -1.0 : 1.0) / static_cast<double>(1 + k % 7);
+    for (i64 first = 0; first < classes; first += kChunk) {
+      const auto rows = read(first, std::min(kChunk, classes - first));
+      for (i64 r = 0; r < rows.rows; ++r) {
+        double dot = 0;
+        for (i64 k = 0; k < d_; ++k) dot += static_cast<double>(rows.at(r, k)) * probe[static_cast<std::size_t>(k)];
+        for (i64 k = 0; k < d_; ++k) sum[static_cast<std::size_t>(k)] += dot * static_cast<double>(rows.at(r, k));
+      }
+    }
+    double off = 0, whole = 0;
+    for (i64 r = 0; r < d_; ++r) {
+      double dot = 0;
+      for (i64 k = 0; k < d_; ++k) dot += squares_.at(r, k) * probe[static_cast<std::size_t>(k)];
+      whole += dot * dot;
+      off += (dot - sum[static_cast<std::size_t>(r)]) * (dot - sum[static_cast<std::size_t>(r)]);
+    }
+    return whole > 0 ? std::sqrt(off / whole) : std::sqrt(off);
   }
 
  private:

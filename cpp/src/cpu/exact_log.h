@@ -12,6 +12,34 @@
 
 namespace widehead::cpu {
 
+// A product of block matrices: I + `matrix`, or `matrix` alone. A block of small steps is near I, and what its entries are rounded by,
+// all rows suffer alike: W'W, and the losses with it, feel that far more than the rounding of each row by itself. So it is kept as
+// the difference to I until the matrix itself is smaller: |U|^2 < |U - I|^2 where its trace is below half of its size.
+template <class Factor>
+struct BlockMatrix {
+  Dense<Factor> matrix;
+  bool beside_identity = true;
+
+  void settle() {
+    if (!beside_identity) return;
+    double trace = 0;
+    for (i64 k = 0; k < matrix.rows; ++k) trace += static_cast<double>(matrix.at(k, k));
+    if (trace >= -0.5 * static_cast<double>(matrix.rows)) return;
+    for (i64 k = 0; k < matrix.rows; ++k) matrix.at(k, k) += Factor{1};
+    beside_identity = false;
+  }
+  // this <- this * next; (a I + A)(b I + B) = a b I + (a B + b A + A B). `scratch` is of their size.
+  void append(const BlockMatrix& next, Dense<Factor>& scratch) {
+    const auto a = static_cast<Factor>(beside_identity), b = static_cast<Factor>(next.beside_identity);
+    for (std::size_t i = 0; i < scratch.data.size(); ++i)
+      scratch.data[i] = a * next.matrix.data[i] + b * matrix.data[i];
+    product(matrix, false, next.matrix, false, scratch, Factor{1});
+    std::swap(matrix.data, scratch.data);
+    beside_identity = beside_identity && next.beside_identity;
+    settle();
+  }
+};
+
 template <class Factor>
 class BlockLog {
  public:
@@ -21,14 +49,14 @@ class BlockLog {
   };
   struct Interval {
     i64 start;
-    Dense<Factor> suffix;
+    BlockMatrix<Factor> suffix;
   };
 
   BlockLog(i64 width, i64 radix) : width_(width), radix_(radix), levels_(1) {}
 
   i64 end() const { return end_; }  // the label of rows that are written now
   int levels() const { return static_cast<int>(levels_.size()); }
-  const Dense<Factor>& suffix(int level, int index) const {
+  const BlockMatrix<Factor>& suffix(int level, int index) const {
     return levels_[static_cast<std::size_t>(level)][static_cast<std::size_t>(index)].suffix;
   }
   bool empty(int level) const { return levels_[static_cast<std::size_t>(level)].empty(); }
@@ -42,10 +70,11 @@ class BlockLog {
     return found == places_.end() ? Place{} : found->second;
   }
 
-  // Takes the matrix of a block. move(label, to, suffix) multiplies the rows of a label and gives them the label `to`.
+  // Takes the matrix of a block less I. move(label, to, suffix) multiplies the rows of a label and gives them the label `to`.
   template <class Move>
   void push(Dense<Factor> block, Move move) {
-    append(0, {end_, std::move(block)});
+    append(0, {end_, {std::move(block)}});
+
     ++end_;
     for (std::size_t l = 0; levels_[l].size() >= static_cast<std::size_t>(radix_); ++l) {
       for (std::size_t i = 1; i < levels_[l].size(); ++i) move(levels_[l][i].start, end_, levels_[l][i].suffix);
@@ -68,11 +97,9 @@ class BlockLog {
 
  private:
   void append(std::size_t level, Interval interval) {
-    Dense<Factor> grown(width_, width_);
-    for (Interval& old : levels_[level]) {
-      product(old.suffix, false, interval.suffix, false, grown);
-      std::swap(old.suffix.data, grown.data);
-    }
+    interval.suffix.settle();
+    Dense<Factor> scratch(width_, width_);
+    for (Interval& old : levels_[level]) old.suffix.append(interval.suffix, scratch);
     levels_[level].push_back(std::move(interval));
   }
 

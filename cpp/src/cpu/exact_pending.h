@@ -78,6 +78,25 @@ class Pending {
     return out;
   }
 
+  // Of the gradient G = S'H: |G|^2 = tr(S'S HH'), and the mean squares of its columns, diag(H'S'S H) / classes.
+  double norm2(const Dense<double>& products) const {
+    const i64 m = examples();
+    Dense<double> gram(m, m);
+    product(hidden, false, hidden, true, gram);
+    double sum = 0;
+    for (std::size_t i = 0; i < gram.data.size(); ++i) sum += products.data[i] * gram.data[i];
+    return std::max(sum, 0.0);  // rounding where all of it cancels
+  }
+  void columns(const Dense<double>& products, i64 classes, double* mean_squares) const {
+    Dense<double> weighted(examples(), d_);
+    product(products, false, hidden, false, weighted);
+    for (i64 k = 0; k < d_; ++k) {
+      double sum = 0;
+      for (i64 i = 0; i < examples(); ++i) sum += weighted.at(i, k) * hidden.at(i, k);
+      mean_squares[k] = std::max(sum, 0.0) / static_cast<double>(classes);
+    }
+  }
+
   Dense<double> hidden, by_rows;
   std::vector<i64> indptr, ids;
   std::vector<double> gA, gq, gs;

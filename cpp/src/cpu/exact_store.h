@@ -25,6 +25,11 @@ class RowStore {
   i64 width() const { return weight_.cols * (velocity_.data ? 2 : 1); }
   const BlockLog<Factor>& log() const { return log_; }
   i64 row_products() const { return row_products_; }
+  i64 listed() const {
+    i64 n = 0;
+    for (const auto& [label, list] : lists_) n += static_cast<i64>(list.ids.size());
+    return n;
+  }
 
   // Rows as they are at the end of the log, [n, width]; the sum of the constant part is the caller's.
   Dense<Factor> read(const i64* ids, i64 n) const {
@@ -80,7 +85,17 @@ class RowStore {
     if (list != lists_.end()) drop_stale(list->second, id);
     labels_[static_cast<std::size_t>(id)] = kAway;
   }
-  // Ends a block: rows that were away come back as of after it.
+  // A row as of the end of the log.
+  void put(i64 id, const Factor* row) {
+    const i64 now = log_.end();
+    if (label(id) != now) {
+      take(id);
+      labels_[static_cast<std::size_t>(id)] = static_cast<std::uint32_t>(now);
+      lists_[now].ids.push_back(id);
+    }
+    write(id, row);
+  }
+  // Ends a block, of matrix I + `block`: rows that were away come back as of after it.
   void close(Dense<Factor> block, const std::vector<i64>& ids, const Dense<Factor>& rows) {
     const i64 now = log_.end() + 1;
     List& list = lists_[now];
@@ -89,7 +104,7 @@ class RowStore {
       labels_[static_cast<std::size_t>(ids[i])] = static_cast<std::uint32_t>(now);
       list.ids.push_back(ids[i]);
     }
-    log_.push(std::move(block), [&](i64 from, i64 to, const Dense<Factor>& suffix) { move(from, to, suffix); });
+    log_.push(std::move(block), [&](i64 from, i64 to, const BlockMatrix<Factor>& suffix) { move(from, to, suffix); });
   }
 
   // All rows as they are, written in place; `finish(id, row)` adds what the store does not know.
@@ -130,20 +145,22 @@ class RowStore {
   }
 
   // rows[begin, end) *= suffix
-  void advance(Dense<Factor>& rows, i64 begin, i64 end, const Dense<Factor>& suffix, Dense<Factor>& other) const {
+  void advance(Dense<Factor>& rows, i64 begin, i64 end, const BlockMatrix<Factor>& suffix, Dense<Factor>& other) const {
     if (begin == end) return;
     Product<Factor> p{};
     p.m = end - begin;
     p.n = p.k = width();
     p.a = rows.row(begin);
-    p.b = suffix.data.data();
+    p.b = suffix.matrix.data.data();
     p.c = other.row(begin);
     p.a_stride = p.b_stride = p.c_stride = width();
+    p.beta = static_cast<Factor>(suffix.beside_identity);
+    std::memcpy(other.row(begin), rows.row(begin), static_cast<std::size_t>(p.m * width()) * sizeof(Factor));
     multiply(p);
     std::memcpy(rows.row(begin), other.row(begin), static_cast<std::size_t>(p.m * width()) * sizeof(Factor));
   }
 
-  void move(i64 from, i64 to, const Dense<Factor>& suffix) {
+  void move(i64 from, i64 to, const BlockMatrix<Factor>& suffix) {
     constexpr i64 kRows = 256;
     const auto found = lists_.find(from);
     if (found == lists_.end()) return;
