@@ -209,9 +209,11 @@ class ExactState:
         weight: Array,
         velocity: Array | None = None,
         *,
+        method: str = "blocked",
         wide: bool = False,
         block_steps: int = 4,
         radix: int = 8,
+        max_kappa: float = 4.0,
     ) -> None: ...
     # A [nnz], q [batch] and s [batch], float64, are written.
     def forward(

@@ -91,6 +91,8 @@ class ExactHead(OutputHead):
         eps: of spherical softmax, 0.01 if None. a, b: of the z-loss, 1 and 10 if None.
         factors: "float32" or "float64", the type of the small matrices and of the rows in work. None: float64 with
             spherical softmax, whose course is sensitive, and with float64 weights.
+        method: "blocked": rows of targets are taken out for `block_steps` steps, and no inverse is needed; "woodbury":
+            the update of the papers, which keeps an inverse and starts anew when its condition grows. The same weights.
         block_steps: for how many steps the rows of targets stay in work before they go back.
         ignore_index, reduction, seed: see `DenseHead`.
         bias: whether classes have a bias: the weight of a feature that is always 1.
@@ -117,6 +119,7 @@ class ExactHead(OutputHead):
         n_classes: int,
         *,
         loss: str = "squared_error",
+        method: str = "blocked",
         eps: float | None = None,
         a: float | None = None,
         b: float | None = None,
@@ -132,6 +135,7 @@ class ExactHead(OutputHead):
             in_features,
             n_classes,
             loss=loss,
+            method=method,
             eps=eps,
             a=a,
             b=b,
@@ -288,6 +292,7 @@ class ExactHead(OutputHead):
         rows, shape = as_batch(hidden, self.in_features)
         goal, _ = self._goal(target, shape, None)
         if momentum:
+            self._check_step(0.0, "momentum", 0.0, 0.0, None)
             self._want_velocity()
         return Statistics(self, rows, goal, train=True)
 
@@ -433,7 +438,11 @@ class ExactHead(OutputHead):
                 memory = np.concatenate([self._weight, self._bias[:, None]], axis=1)
                 self._weight, self._bias = memory[:, : self.in_features], memory[:, self.in_features]
             self._state = _core.ExactState(
-                memory, self._velocity, wide=self.options.wide(), block_steps=self.options.block_steps
+                memory,
+                self._velocity,
+                method=self.options.method,
+                wide=self.options.wide(),
+                block_steps=self.options.block_steps,
             )
         return self._state
 
@@ -478,7 +487,8 @@ class ExactHead(OutputHead):
         return Target(indptr, goal.indices[known], None), reduction
 
     def _check_step(self, lr: float, optimizer: str, momentum: float, weight_decay: float, clip: float | None) -> None:
-        choose(optimizer, ("sgd", "momentum"), "optimizer")
+        methods = ("sgd", "momentum") if self.options.method == "blocked" else ("sgd",)
+        choose(optimizer, methods, "optimizer")
         for name, value in (("lr", lr), ("momentum", momentum), ("weight_decay", weight_decay), ("clip", clip)):
             if value is not None and not (np.isfinite(value) and value >= 0):
                 raise ShapeError(f"{name}: expected a finite number of at least 0, got {value!r}")

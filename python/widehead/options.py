@@ -137,6 +137,7 @@ class ExactOptions:
     b: float | None = None
     factors: str | None = None
     block_steps: int = 4
+    method: str = "blocked"
     ignore_index: int = -100
     reduction: str = "mean"
 
@@ -154,6 +155,7 @@ class ExactOptions:
         if self.factors is not None:
             choose(self.factors, ("float32", "float64"), "factors")
         whole(self.block_steps, 1, "block_steps")
+        choose(self.method, ("blocked", "woodbury"), "method")
 
     def loss_arguments(self) -> dict[str, Any]:
         """The loss as `_core.spherical_loss` takes it."""

@@ -98,6 +98,25 @@ def test_steps_are_those_of_dense_sgd(loss: str, optimizer: str, bias: bool) -> 
     assert head.diagnostics()["gram_error"] < 1e-12
 
 
+@pytest.mark.parametrize("loss", LOSSES)
+def test_the_method_of_the_papers_gives_the_same(loss: str) -> None:
+    heads = [
+        ExactHead(WIDTH, D, loss=loss, method=method, bias=True, dtype="float64", **LOSSES[loss])  # type: ignore[arg-type]
+        for method in ("blocked", "woodbury")
+    ]
+    for head in heads:
+        rng = np.random.default_rng(1)
+        for _ in range(40):
+            hidden, labels, _ = batch(rng)
+            head.step(hidden, labels, 0.02, weight_decay=0.01)
+    np.testing.assert_allclose(heads[1].weight, heads[0].weight, rtol=0, atol=1e-11)
+    with pytest.raises(_core.ShapeError, match="optimizer: expected"):
+        heads[1].step(hidden, labels, 0.02, "momentum")
+    with pytest.raises(_core.ShapeError, match="optimizer: expected"):
+        heads[1].statistics(hidden, labels, momentum=True)
+    heads[1].step(hidden, labels, 0.02)
+
+
 def test_single_labels_and_those_that_do_not_count() -> None:
     rng = np.random.default_rng(2)
     head = ExactHead(WIDTH, D, dtype="float64", reduction="sum", ignore_index=-7)
@@ -263,6 +282,7 @@ def test_a_refused_step_changes_nothing(change: dict[str, Any], error: type[Exce
         ({"loss": "z_loss", "b": np.inf}, "b: expected a finite number"),
         ({"factors": "bfloat16"}, "factors: expected"),
         ({"block_steps": 0}, "block_steps: expected"),
+        ({"method": "lu"}, "method: expected"),
         ({"dtype": "bfloat16"}, "dtype: expected"),
     ],
 )

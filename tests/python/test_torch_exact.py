@@ -390,3 +390,16 @@ def test_hidden_of_other_types(dtype: torch.dtype) -> None:
     with torch.no_grad():
         linear.weight -= 0.1 * linear.weight.grad
     assert_near(head.weight, linear.weight, 1e-5)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_the_method_of_the_papers_gives_the_same(loss: str) -> None:
+    heads = [make_head(loss, method=method, bias=True) for method in ("blocked", "woodbury")]
+    for head in heads:
+        generator, optimizer = torch.Generator().manual_seed(5), FusedSGD([head], lr=0.02, weight_decay=0.01)
+        for _ in range(30):
+            hidden, target = make_batch(generator)
+            head(hidden, target).loss.backward()
+            optimizer.step()
+    assert_near(heads[1].weight, heads[0].weight)
+    assert "method='woodbury'" in repr(heads[1])

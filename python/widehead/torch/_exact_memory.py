@@ -14,6 +14,7 @@ from torch import Tensor
 
 from widehead import _core
 from widehead._core import Error
+from widehead.options import ExactOptions
 
 from ._device import capsule
 from ._glue import follow_threads
@@ -61,13 +62,19 @@ class ExactMemory:
         overflow: a gradient that should be pending is not finite, under a GradScaler.
     """
 
-    def __init__(self, parameters: list[Tensor], velocities: list[Tensor], wide: bool, block_steps: int) -> None:
+    def __init__(self, parameters: list[Tensor], velocities: list[Tensor], options: ExactOptions) -> None:
         """The parameters and the velocities, none without momentum, lie joined already."""
         self._parameters, self._velocities = parameters, velocities
         matrix, velocity = joined(parameters), joined(velocities) if velocities else None
         assert matrix is not None and (velocity is not None or not velocities)
         follow_threads()
-        self.core: Any = _core.ExactState(capsule(matrix), capsule(velocity), wide=wide, block_steps=block_steps)
+        self.core: Any = _core.ExactState(
+            capsule(matrix),
+            capsule(velocity),
+            method=options.method,
+            wide=options.wide(),
+            block_steps=options.block_steps,
+        )
         self.retired = self.overflow = False
         self._settled = True
         self._record()

@@ -61,6 +61,7 @@ class ExactHead(Head):
         factors: "float32" or "float64", the type of the small matrices and of the rows in work. None: float64 with
             spherical softmax, whose course is sensitive, and with float64 weights.
         block_steps: for how many steps the rows of targets stay in work before they go back.
+        method: "blocked", or "woodbury", the update of the papers, which keeps an inverse; it has no momentum.
         bias: whether classes have a bias: the weight of a feature that is always 1, as exact as the others.
         ignore_index, reduction, seed: see `DenseHead`.
         dtype: float32 or float64, of the weights.
@@ -99,6 +100,7 @@ class ExactHead(Head):
         b: float | None = None,
         factors: str | None = None,
         block_steps: int = 4,
+        method: str = "blocked",
         ignore_index: int = -100,
         bias: bool = False,
         reduction: str = "mean",
@@ -106,7 +108,7 @@ class ExactHead(Head):
         dtype: torch.dtype | None = None,
         seed: int | None = None,
     ) -> None:
-        options = ExactOptions(loss, eps, a, b, factors, block_steps, ignore_index, reduction)
+        options = ExactOptions(loss, eps, a, b, factors, block_steps, method, ignore_index, reduction)
         super().__init__(in_features, n_classes, loss=loss, ignore_index=ignore_index, reduction=reduction)
         dtype = torch.get_default_dtype() if dtype is None else dtype
         if dtype not in (torch.float32, torch.float64):
@@ -434,7 +436,7 @@ class ExactHead(Head):
                 owner.optimizer.take_velocities(owner, velocities)
             for part in parts:
                 part.requires_grad_(False)
-            self._memory = ExactMemory(parts, velocities, self.options.wide(), self.options.block_steps)
+            self._memory = ExactMemory(parts, velocities, self.options)
         return self._memory
 
     def _leave(self, lost: bool = False) -> None:
@@ -539,5 +541,5 @@ class ExactHead(Head):
         return {**super().__getstate__(), "_memory": None}
 
     def _config(self) -> dict[str, Any]:
-        names = ("eps", "a", "b", "factors", "block_steps")
+        names = ("eps", "a", "b", "factors", "block_steps", "method")
         return {**{name: getattr(self.options, name) for name in names}, "seed": self.seed}
