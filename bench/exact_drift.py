@@ -208,27 +208,30 @@ def figure(results: list[dict[str, Any]], path: Path) -> None:
     matplotlib.rcParams["svg.hashsalt"] = "widehead"
     from matplotlib import pyplot as plt
 
-    columns = 3
+    columns = 4
     rows = -(-len(results) // columns)
-    plot, grid = plt.subplots(rows, columns, figsize=(9.6, 2.6 * rows), sharex=True, squeeze=False)
+    plot, grid = plt.subplots(rows, columns, figsize=(10.4, 2.4 * rows), sharex=True, sharey=True, squeeze=False)
     for axes, result in zip(grid.flat, results, strict=False):
         for name, errors in result["errors"].items():
             if name == "dense float32":
                 axes.loglog(result["steps"], errors, "k--", linewidth=1, label=name)
             else:
                 axes.loglog(result["steps"], errors, ".-", linewidth=1, markersize=4, label=name)
-        axes.set_title(title(result), fontsize=7)
+        axes.set_title(title(result).replace(", decay", ",\ndecay"), fontsize=7)
         axes.tick_params(labelsize=7)
         axes.grid(alpha=0.3)
-    for axes in grid[-1]:
+    for axes in list(grid.flat)[len(results) :]:
+        axes.set_visible(False)
+    for axes in list(grid.flat)[len(results) - columns : len(results)]:
         axes.set_xlabel("steps", fontsize=8)
+        axes.tick_params(labelbottom=True)
     for line in grid:
         line[0].set_ylabel("relative error of W", fontsize=8)
     handles = {}
     for axes in grid.flat:
         handles |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     plot.legend(handles.values(), handles.keys(), loc="lower center", ncols=3, fontsize=7)
-    plot.tight_layout(rect=(0, 0.3 / rows / 2.6 * 1.6, 1, 1))
+    plot.tight_layout(rect=(0, 0.5 / (2.4 * rows), 1, 1))
     path.parent.mkdir(exist_ok=True)
     plot.savefig(path, metadata={"Date": None})
 
