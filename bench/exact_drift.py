@@ -3,6 +3,7 @@
 python bench/exact_drift.py          10,000 steps of every loss and method, 100,000 of the blocked one; draws
                                      docs/exact_drift.svg
 python bench/exact_drift.py --quick  400 steps, prints and writes nothing
+python bench/exact_drift.py --case 6 runs the seventh case alone and puts it into the results that are there
 """
 
 from __future__ import annotations
@@ -29,7 +30,10 @@ CASES = [
     {"loss": "spherical_softmax", "lr": 0.005},
     {"loss": "taylor_softmax", "lr": 0.02},
     {"loss": "z_loss", "lr": 0.02},
+    {"loss": "taylor_softmax", "lr": 0.02, "weight_decay": 0.05},
+    {"loss": "squared_error", "rate": 0.02, "weight_decay": 0.05, "momentum": 0.9},
 ]
+MORE = {"decay": "weight_decay", "momentum": "momentum"}
 LONG = [CASES[1], CASES[3]]
 METHODS: dict[str, dict[str, Any]] = {
     "blocked": {},
@@ -90,8 +94,10 @@ def derivatives(loss: str, A: np.ndarray, q: np.ndarray, s: np.ndarray) -> tuple
 class Dense:
     """SGD on the whole matrix, all of it in the type of `weight`."""
 
-    def __init__(self, weight: np.ndarray) -> None:
+    def __init__(self, weight: np.ndarray, weight_decay: float, momentum: float) -> None:
         self.weight = weight
+        self.velocity = np.zeros_like(weight) if momentum else None
+        self.decay, self.momentum = weight.dtype.type(weight_decay), weight.dtype.type(momentum)
 
     def step(self, loss: str, hidden: np.ndarray, target: np.ndarray, lr: float) -> None:
         hidden = hidden.astype(self.weight.dtype)
@@ -101,7 +107,15 @@ class Dense:
         output *= (2 * gq)[:, None]
         output += gs[:, None]
         output[each, target] += gA
-        self.weight -= (self.weight.dtype.type(lr) * output).T @ hidden
+        if self.velocity is None and not self.decay:
+            self.weight -= (self.weight.dtype.type(lr) * output).T @ hidden
+            return
+        gradient = output.T @ hidden + self.decay * self.weight
+        if self.velocity is not None:
+            self.velocity *= self.momentum
+            self.velocity += gradient
+            gradient = self.velocity
+        self.weight -= self.weight.dtype.type(lr) * gradient
 
     def read(self) -> np.ndarray:
         return self.weight
@@ -110,9 +124,9 @@ class Dense:
 class Exact:
     """The core on float32 rows."""
 
-    def __init__(self, weight: np.ndarray, options: dict[str, Any]) -> None:
-        self.weight = weight
-        self.state = _core.ExactState(weight, None, **options)
+    def __init__(self, weight: np.ndarray, options: dict[str, Any], weight_decay: float, momentum: float) -> None:
+        self.update = {"weight_decay": weight_decay, "momentum": momentum}
+        self.state = _core.ExactState(weight, np.zeros_like(weight) if momentum else None, **options)
 
     def step(self, loss: str, hidden: np.ndarray, target: np.ndarray, lr: float) -> None:
         A, q, s = np.empty(len(target)), np.empty(len(target)), np.empty(len(target))
@@ -123,12 +137,17 @@ class Exact:
             loss=loss, **LOSS_OPTIONS, n_classes=CLASSES, **labels, A=A, q=q, s=s, grad_A=gA, grad_q=gq, grad_s=gs
         )
         self.state.backward(batch, grad_A=gA, grad_q=gq, grad_s=gs)
-        self.state.step(lr=lr)
+        self.state.step(lr=lr, **self.update)
 
     def read(self) -> np.ndarray:
         out = np.empty((CLASSES, FEATURES))
         self.state.rows(np.arange(CLASSES), out)
         return out
+
+
+def offered(case: dict[str, Any], methods: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The published method has no momentum."""
+    return {name: o for name, o in methods.items() if not ("momentum" in case and o.get("method") == "woodbury")}
 
 
 def checkpoints(steps: int) -> list[int]:
@@ -141,9 +160,10 @@ def run(case: dict[str, Any], steps: int, methods: dict[str, dict[str, Any]], se
     """Relative errors of W at the checkpoints, of every method on the same batches."""
     problem = Problem(seed)
     lr = case["lr"] if "lr" in case else case["rate"] / (2 * problem.top)
-    truth = Dense(problem.weight.astype(np.float64))
-    heads: dict[str, Dense | Exact] = {"dense float32": Dense(problem.weight.copy())}
-    heads |= {name: Exact(problem.weight.copy(), options) for name, options in methods.items()}
+    update = case.get("weight_decay", 0.0), case.get("momentum", 0.0)
+    truth = Dense(problem.weight.astype(np.float64), *update)
+    heads: dict[str, Dense | Exact] = {"dense float32": Dense(problem.weight.copy(), *update)}
+    heads |= {name: Exact(problem.weight.copy(), options, *update) for name, options in offered(case, methods).items()}
     errors: dict[str, list[float]] = {name: [] for name in heads}
     seconds = dict.fromkeys(heads, 0.0)
     trace: list[dict[str, Any]] = []
@@ -165,14 +185,20 @@ def run(case: dict[str, Any], steps: int, methods: dict[str, dict[str, Any]], se
                 found = head.state.diagnostics()
                 mark[name] = {key: found[key] for key in ("matrices", "blocks", "row_products", "gram_error")}
         trace.append(mark)
-    return {**case, "lr": lr, "steps": marks, "errors": errors, "cpu_s": seconds, "trace": trace}
+    machine = common.machine(_core.get_num_threads())
+    return {**case, "lr": lr, "steps": marks, "errors": errors, "cpu_s": seconds, "trace": trace, "machine": machine}
+
+
+def title(result: dict[str, Any]) -> str:
+    rate = f"rate {result['rate']}" if "rate" in result else f"lr {result['lr']}"
+    more = "".join(f", {name} {result[key]}" for name, key in MORE.items() if key in result)
+    return f"{result['loss'].replace('_', ' ')}, {rate}{more}"
 
 
 def describe(result: dict[str, Any]) -> str:
-    rate = f"rate {result['rate']}" if "rate" in result else f"lr {result['lr']}"
     own = result["errors"]["dense float32"][-1]
     last = ", ".join(f"{name} {e[-1]:.1e} ({e[-1] / own:.1f}x)" for name, e in result["errors"].items())
-    return f"{result['loss']}, {rate}, {result['steps'][-1]:,} steps: {last}"
+    return f"{title(result)}, {result['steps'][-1]:,} steps: {last}"
 
 
 def figure(results: list[dict[str, Any]], path: Path) -> None:
@@ -182,28 +208,30 @@ def figure(results: list[dict[str, Any]], path: Path) -> None:
     matplotlib.rcParams["svg.hashsalt"] = "widehead"
     from matplotlib import pyplot as plt
 
-    columns = 3
+    columns = 4
     rows = -(-len(results) // columns)
-    plot, grid = plt.subplots(rows, columns, figsize=(9.6, 2.6 * rows), sharex=True, squeeze=False)
+    plot, grid = plt.subplots(rows, columns, figsize=(10.4, 2.4 * rows), sharex=True, sharey=True, squeeze=False)
     for axes, result in zip(grid.flat, results, strict=False):
         for name, errors in result["errors"].items():
             if name == "dense float32":
                 axes.loglog(result["steps"], errors, "k--", linewidth=1, label=name)
             else:
                 axes.loglog(result["steps"], errors, ".-", linewidth=1, markersize=4, label=name)
-        rate = f"rate {result['rate']}" if "rate" in result else f"lr {result['lr']}"
-        axes.set_title(f"{result['loss'].replace('_', ' ')}, {rate}", fontsize=8)
+        axes.set_title(title(result).replace(", decay", ",\ndecay"), fontsize=7)
         axes.tick_params(labelsize=7)
         axes.grid(alpha=0.3)
-    for axes in grid[-1]:
+    for axes in list(grid.flat)[len(results) :]:
+        axes.set_visible(False)
+    for axes in list(grid.flat)[len(results) - columns : len(results)]:
         axes.set_xlabel("steps", fontsize=8)
+        axes.tick_params(labelbottom=True)
     for line in grid:
         line[0].set_ylabel("relative error of W", fontsize=8)
     handles = {}
     for axes in grid.flat:
         handles |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     plot.legend(handles.values(), handles.keys(), loc="lower center", ncols=3, fontsize=7)
-    plot.tight_layout(rect=(0, 0.3 / rows / 2.6 * 1.6, 1, 1))
+    plot.tight_layout(rect=(0, 0.5 / (2.4 * rows), 1, 1))
     path.parent.mkdir(exist_ok=True)
     plot.savefig(path, metadata={"Date": None})
 
@@ -213,6 +241,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--steps", type=int, default=10_000)
     parser.add_argument("--long-steps", type=int, default=100_000, help="of the blocked method; 0: none")
+    parser.add_argument("--case", type=int, nargs="*", help="numbers from 0")
     parser.add_argument("--plot", action="store_true", help="only draw what bench/results holds")
     args = parser.parse_args()
     if args.plot:
@@ -230,13 +259,16 @@ def main() -> None:
         "cases": [],
         "long": [],
     }
-    for case in CASES:
-        result["cases"].append(run(case, steps, METHODS))
-        print(describe(result["cases"][-1]), flush=True)
+    if args.case is not None:
+        result = common.read("exact_drift") or result
+    for at in range(len(CASES)) if args.case is None else args.case:
+        found = run(CASES[at], steps, METHODS)
+        result["cases"][at : at + 1] = [found]
+        print(describe(found), flush=True)
     if args.quick:
         return
     common.write("exact_drift", result)
-    for case in LONG if args.long_steps else []:
+    for case in LONG if args.long_steps and args.case is None else []:
         result["long"].append(run(case, args.long_steps, {"blocked": METHODS["blocked"]}))
         print(describe(result["long"][-1]), flush=True)
         common.write("exact_drift", result)

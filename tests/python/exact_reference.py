@@ -9,6 +9,8 @@ import numpy as np
 
 from widehead import _core
 
+METHODS = ("blocked", "woodbury")
+LOSSES = ("squared_error", "spherical_softmax", "taylor_softmax", "z_loss")
 OPTIONS = {"eps": 0.1, "a": 1.0, "b": 1.0}
 
 
@@ -140,3 +142,29 @@ def fused(loss: str, batch: Batch, A: np.ndarray, q: np.ndarray, s: np.ndarray, 
     out = Loss(*(np.full(n, np.nan) for n in (len(q), len(A), len(q), len(q))))
     _core.spherical_loss(loss=loss, **OPTIONS, n_classes=n_classes, **batch.labels(), A=A, q=q, s=s, **out._asdict())
     return out
+
+
+def draw(
+    rng: np.random.Generator, shape: tuple[int, int, int, int], values: bool = True, dtype: Any = np.float64
+) -> Batch:
+    """Up to K different targets an example, drawn so that many examples share classes."""
+    classes, features, batch, most = shape
+    ids = [np.unique((classes * rng.random(most) ** 3).astype(np.int64)) for _ in range(batch)]
+    indptr = np.cumsum([0, *map(len, ids)])
+    indices = np.concatenate(ids) if len(ids) else np.zeros(0, np.int64)
+    weights = rng.uniform(0.5, 1.5, len(indices)).astype(np.float32) if values else None
+    return Batch(rng.standard_normal((batch, features)).astype(dtype), indptr, indices, weights)
+
+
+def first_weight(rng: np.random.Generator, shape: tuple[int, ...], dtype: Any = np.float64) -> np.ndarray:
+    return (0.3 * rng.standard_normal(shape[:2])).astype(dtype)
+
+
+def stable_lr(batch: Batch, rate: float) -> float:
+    """2 lr lambda_1 = rate for squared error."""
+    return rate / (2 * np.linalg.norm(batch.hidden.astype(np.float64), 2) ** 2)
+
+
+def near(got: np.ndarray, want: np.ndarray, tolerance: float = 1e-10) -> None:
+    assert np.isfinite(want).all()
+    np.testing.assert_allclose(got, want, rtol=0, atol=tolerance * max(1.0, np.abs(want).max(initial=0.0)))

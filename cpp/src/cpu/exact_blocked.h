@@ -376,8 +376,9 @@ class BlockedExact final : public ExactCore {
   RowStore<Row, Factor> store_;
   Gram gram_;
   Pending pending_;
-  std::vector<double> omega_;   // added to every row that is not hot
-  Dense<Factor> factor_, hot_;  // U - I, see exact_log.h
+  std::vector<double> omega_;  // added to every row that is not hot
+  Dense<Factor> factor_;       // U - I, see exact_log.h
+  Dense<Factor> hot_;
   std::vector<i64> hot_ids_;
   std::unordered_map<i64, i64> slots_;
   i64 in_block_ = 0, base_ = 0, version_ = 0, steps_ = 0, blocks_ = 0, fetched_ = 0;

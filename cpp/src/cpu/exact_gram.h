@@ -15,17 +15,17 @@ struct Carry {
   double j11 = 1, j12 = 0, j21 = 0, j22 = 1;
 };
 
-// row <- row J, in place.
+// row <- row J, in place, by J - I: in float32, 1 - lr decay itself would be wrong by as much every step, and that adds up.
 template <class Real>
 void carry_row(const Carry& j, i64 d, i64 width, Real* row) {
   if (width == d) {
     if (j.j11 != 1)
-      for (i64 k = 0; k < d; ++k) row[k] *= static_cast<Real>(j.j11);
+      for (i64 k = 0; k < d; ++k) row[k] += static_cast<Real>(j.j11 - 1) * row[k];
     return;
   }
   for (i64 k = 0; k < d; ++k) {
     const Real w = row[k], v = row[d + k];
-    row[k] = static_cast<Real>(j.j11) * w + static_cast<Real>(j.j21) * v;
+    row[k] = w + (static_cast<Real>(j.j11 - 1) * w + static_cast<Real>(j.j21) * v);
     row[d + k] = static_cast<Real>(j.j12) * w + static_cast<Real>(j.j22) * v;
   }
 }

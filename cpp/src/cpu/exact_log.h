@@ -74,7 +74,6 @@ class BlockLog {
   template <class Move>
   void push(Dense<Factor> block, Move move) {
     append(0, {end_, {std::move(block)}});
-
     ++end_;
     for (std::size_t l = 0; levels_[l].size() >= static_cast<std::size_t>(radix_); ++l) {
       for (std::size_t i = 1; i < levels_[l].size(); ++i) move(levels_[l][i].start, end_, levels_[l][i].suffix);
