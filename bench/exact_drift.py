@@ -205,7 +205,7 @@ def figure(results: list[dict[str, Any]], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "widehead"
+    matplotlib.rcParams.update({"svg.hashsalt": "widehead", "svg.fonttype": "none"})
     from matplotlib import pyplot as plt
 
     columns = 4
@@ -219,6 +219,7 @@ def figure(results: list[dict[str, Any]], path: Path) -> None:
                 axes.loglog(result["steps"], errors, ".-", linewidth=1, markersize=4, label=name)
         axes.set_title(title(result).replace(", decay", ",\ndecay"), fontsize=7)
         axes.tick_params(labelsize=7)
+        axes.minorticks_off()
         axes.grid(alpha=0.3)
     for axes in list(grid.flat)[len(results) :]:
         axes.set_visible(False)
