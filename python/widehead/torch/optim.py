@@ -242,6 +242,8 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _step_exact(self) -> None:
         exact = [(owner, owner.head) for owner in self._owners if isinstance(owner.head, ExactHead)]
+        if not exact:  # on a GPU, found_inf below would have to be waited for
+            return
         for owner, head in exact:  # all is checked before any head moves
             self._check_step(self.param_groups[owner.group_index], head)
         # Under a GradScaler they are skipped together, and with the backbone.
