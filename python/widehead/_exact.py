@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from . import _core
 from ._arrays import as_batch, example_weights, stored
-from ._core import DtypeError, ShapeError
+from ._core import DtypeError, NonFiniteError, ShapeError
 from ._output import OutputHead
 from ._results import ForwardResult, Reduction, StepResult, TopKResult
 from .labels import Labels, Target, as_target, check_range
@@ -283,7 +283,8 @@ class ExactHead(OutputHead):
             grad_hidden = batch.backward(grad_A=-2 * batch.values, grad_q=1.0)  # of q - 2 sum y A
             head.apply(lr=0.01)
 
-        Several batches can go into one `apply`: their gradients add up.
+        Several batches can go into one `apply`: their gradients add up. The rows of their targets are held apart until
+        then; `forward` is for evaluation.
 
         Args:
             hidden: `[..., in_features]`; target: as in `step`.
@@ -321,7 +322,7 @@ class ExactHead(OutputHead):
             ShapeError, NonFiniteError: before anything has changed.
         """
         self._check_step(lr, optimizer, momentum, weight_decay, clip)
-        scale = None if column_scale is None else np.ascontiguousarray(column_scale, np.float64)
+        scale = None if column_scale is None else self._checked_scale(column_scale)
         if optimizer == "momentum" and self._velocity is None:
             raise ShapeError("optimizer: 'momentum' wants statistics(..., momentum=True)")
         if clip is not None:
@@ -492,6 +493,14 @@ class ExactHead(OutputHead):
         for name, value in (("lr", lr), ("momentum", momentum), ("weight_decay", weight_decay), ("clip", clip)):
             if value is not None and not (np.isfinite(value) and value >= 0):
                 raise ShapeError(f"{name}: expected a finite number of at least 0, got {value!r}")
+
+    def _checked_scale(self, column_scale: ArrayLike) -> Double:
+        scale, want = np.ascontiguousarray(column_scale, np.float64), self.in_features + (self._bias is not None)
+        if scale.shape != (want,):
+            raise ShapeError(f"column_scale: expected shape [{want}], got {list(scale.shape)}")
+        if not np.isfinite(scale).all():
+            raise NonFiniteError("column_scale: expected finite numbers, got NaN or infinity")
+        return scale
 
     def _query(self, hidden: NDArray) -> dict[str, Any]:
         self.consolidate()

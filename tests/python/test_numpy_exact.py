@@ -240,6 +240,19 @@ def test_life_of_a_head(tmp_path: Path) -> None:
     assert np.isfinite(head.step(hidden.astype(np.float32), np.full(BATCH, D + 9), 0.05, "momentum").loss)
 
 
+def test_a_refused_apply_keeps_the_gradient_as_it_was() -> None:
+    rng = np.random.default_rng(8)
+    head = ExactHead(WIDTH, D)
+    hidden, labels, _ = batch(rng)
+    b = head.statistics(hidden, labels)
+    b.backward(-2 * b.values, 1.0)
+    norm = head.grad_norm()
+    for scale, error in ((np.full(WIDTH, np.nan), _core.NonFiniteError), (np.ones(WIDTH + 1), _core.ShapeError)):
+        with pytest.raises(error, match="column_scale: expected"):
+            head.apply(0.1, clip=norm / 2, column_scale=scale)
+        assert head.grad_norm() == norm
+
+
 BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"hidden": np.full((BATCH, WIDTH), np.nan)}, _core.NonFiniteError, "hidden"),
     ({"hidden": np.zeros((BATCH, WIDTH + 1))}, _core.ShapeError, "hidden: expected shape"),

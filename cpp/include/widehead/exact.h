@@ -80,6 +80,7 @@ class ExactHead {
   ExactHead& operator=(ExactHead&&) noexcept;
 
   // A [nnz], q [B] and s [B]. `train`: the rows of the targets are made ready for a step, and what comes back is for backward().
+  // They stay apart, and take memory, until a step or consolidate(): to evaluate, leave `train` out.
   // Throws NonFiniteError, LabelError, ShapeError and DtypeError before anything changes.
   std::shared_ptr<ExactBatch> forward(const ConstAnyMatrix& hidden, const Labels& target, bool train, double* A,
                                       double* q, double* s);
