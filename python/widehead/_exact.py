@@ -94,6 +94,8 @@ class ExactHead(OutputHead):
         method: "blocked": rows of targets are taken out for `block_steps` steps, and no inverse is needed; "woodbury":
             the update of the papers, which keeps an inverse and starts anew when its condition grows. The same weights.
         block_steps: for how many steps the rows of targets stay in work before they go back.
+        max_kappa: of "woodbury", 4 if None: it starts anew before a singular value of its matrix passes this, or its
+            inverse. More is faster and rounds worse.
         ignore_index, reduction, seed: see `DenseHead`.
         bias: whether classes have a bias: the weight of a feature that is always 1.
         dtype: "float32" or "float64", of the weights.
@@ -125,6 +127,7 @@ class ExactHead(OutputHead):
         b: float | None = None,
         factors: str | None = None,
         block_steps: int = 4,
+        max_kappa: float | None = None,
         ignore_index: int = -100,
         bias: bool = False,
         reduction: str = "mean",
@@ -141,6 +144,7 @@ class ExactHead(OutputHead):
             b=b,
             factors=factors,
             block_steps=block_steps,
+            max_kappa=max_kappa,
             ignore_index=ignore_index,
             reduction=reduction,
             bias=bias,
@@ -438,13 +442,7 @@ class ExactHead(OutputHead):
             if self._bias is not None:
                 memory = np.concatenate([self._weight, self._bias[:, None]], axis=1)
                 self._weight, self._bias = memory[:, : self.in_features], memory[:, self.in_features]
-            self._state = _core.ExactState(
-                memory,
-                self._velocity,
-                method=self.options.method,
-                wide=self.options.wide(),
-                block_steps=self.options.block_steps,
-            )
+            self._state = _core.ExactState(memory, self._velocity, **self.options.method_arguments())
         return self._state
 
     def _leave(self) -> None:

@@ -138,6 +138,7 @@ class ExactOptions:
     factors: str | None = None
     block_steps: int = 4
     method: str = "blocked"
+    max_kappa: float | None = None
     ignore_index: int = -100
     reduction: str = "mean"
 
@@ -156,6 +157,16 @@ class ExactOptions:
             choose(self.factors, ("float32", "float64"), "factors")
         whole(self.block_steps, 1, "block_steps")
         choose(self.method, ("blocked", "woodbury"), "method")
+        if self.max_kappa is not None:
+            if self.method != "woodbury":
+                raise ShapeError(f"max_kappa: expected None with method={self.method!r}, got {self.max_kappa}")
+            if not 1 < self.max_kappa < math.inf:
+                raise ShapeError(f"max_kappa: expected a number above 1, got {self.max_kappa}")
+
+    def method_arguments(self) -> dict[str, Any]:
+        """The method as `_core.ExactState` takes it."""
+        own = {} if self.max_kappa is None else {"max_kappa": float(self.max_kappa)}
+        return {"method": self.method, "wide": self.wide(), "block_steps": self.block_steps, **own}
 
     def loss_arguments(self) -> dict[str, Any]:
         """The loss as `_core.spherical_loss` takes it."""

@@ -319,6 +319,54 @@ def plan_sparse(job: Job) -> list[Plan]:
     ]
 
 
+# Measured: row-by-matrix products a target, to fetch it and when matrices are merged, of classes drawn evenly; matrices
+# of the log that are alive after many steps.
+_EXACT_ROW_PRODUCTS, _EXACT_MATRICES, _EXACT_BLOCK = 4.2, 30, 4
+
+
+@register("exact")
+def plan_exact(job: Job) -> list[Plan]:
+    """ExactHead with squared error, float32 weights and factors: SGD, or with momentum."""
+    classes, d, b = float(job.n_classes), job.in_features, float(job.batch)
+    width = d * (2 if job.optimizer == "momentum" else 1)
+    rows = min(classes, b * job.labels)
+    hot = min(classes, rows * (_EXACT_BLOCK + 1) / 2)
+    weights = classes * d * 4
+    return [
+        Plan(
+            head="ExactHead",
+            loss="squared_error",
+            exact=True,
+            memory=[
+                Term("weights", "D d 4 B", weights),
+                *([Term("velocities", "D d 4 B", weights)] if width > d else []),
+                Term("marks of the rows", "D 4 B", 4 * classes),
+                Term("W'W and its change, the block's matrix", "w^2 20 B", 20.0 * width * width),
+                Term("matrices of the log", f"{_EXACT_MATRICES} w^2 4 B", 4.0 * _EXACT_MATRICES * width * width),
+                Term("rows of targets, batch and its products", "S w 20 B + B w 40 B", width * (20 * hot + 40 * b)),
+                Term("tiles and partial sums", "fixed", _CPU_SCRATCH),
+            ],
+            flops=[
+                Term("q, and W'W (float64 counts twice)", "2 x 2 B (d w + w^2)", 4 * b * (d + width) * width),
+                Term("S'S (float64 counts twice)", "2 x 2 B^2 (d + w)", 4 * b * b * (d + width)),
+                Term("the block's matrix", "2 B (d w + w^2)", 2 * b * (d + width) * width),
+                Term("rows of targets", "2 B S (d + w)", 2 * b * hot * (d + width)),
+                Term("their fetching", f"{_EXACT_ROW_PRODUCTS} x 2 S w^2", 2 * _EXACT_ROW_PRODUCTS * rows * width**2),
+                Term("products of the log", "2 w^3", 2.0 * width**3),
+            ],
+            traffic=[
+                Term("rows of targets", "read and written, and again when merged", 16 * rows * width),
+                Term("W'W and matrices", "w^2 40 B", 40.0 * width * width),
+            ],
+            exponentials=0.0,
+            rate_dtype="float32",
+            substitute=True,
+            note="exact SGD on all classes, but of squared error: another loss"
+            + ("" if job.optimizer in ("sgd", "momentum") else "; by sgd"),
+        )
+    ]
+
+
 @dataclass(frozen=True)
 class Advice:
     """What to take, and why; `plan` is None where nothing fits."""

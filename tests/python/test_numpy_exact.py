@@ -117,6 +117,19 @@ def test_the_method_of_the_papers_gives_the_same(loss: str) -> None:
     heads[1].step(hidden, labels, 0.02)
 
 
+def test_a_bound_on_the_condition_ends_the_epochs_of_the_papers_method_sooner() -> None:
+    ends = []
+    for max_kappa in (1.01, 1e6):
+        head = ExactHead(WIDTH, D, method="woodbury", max_kappa=max_kappa, dtype="float64")
+        rng = np.random.default_rng(1)
+        for _ in range(20):
+            hidden, labels, _ = batch(rng)
+            head.step(hidden, labels, 0.02)
+        ends.append(head.diagnostics())
+    assert ends[0]["kappa"] <= 1.01 < ends[1]["kappa"] <= 1e6
+    assert ends[0]["blocks"] > ends[1]["blocks"]
+
+
 def test_single_labels_and_those_that_do_not_count() -> None:
     rng = np.random.default_rng(2)
     head = ExactHead(WIDTH, D, dtype="float64", reduction="sum", ignore_index=-7)
@@ -296,6 +309,8 @@ def test_a_refused_step_changes_nothing(change: dict[str, Any], error: type[Exce
         ({"factors": "bfloat16"}, "factors: expected"),
         ({"block_steps": 0}, "block_steps: expected"),
         ({"method": "lu"}, "method: expected"),
+        ({"max_kappa": 8.0}, "max_kappa: expected None with method='blocked'"),
+        ({"method": "woodbury", "max_kappa": 1.0}, "max_kappa: expected a number above 1"),
         ({"dtype": "bfloat16"}, "dtype: expected"),
     ],
 )

@@ -49,7 +49,9 @@ def test_losses_with_one_pass_cost_less():
     softmax = by_head(plan.Job(1000, 16, 8))["DenseHead", "softmax"]
     for loss in ("bce", "squared_hinge"):
         got = by_head(plan.Job(1000, 16, 8, loss=loss))
-        assert set(got) == {("nn.Linear", loss), ("DenseHead", loss), ("SparseHead", loss)}
+        others = {(p.head, p.loss) for p in got.values() if p.head in ("SparseHead", "ExactHead")}
+        assert others == {("SparseHead", loss), ("ExactHead", "squared_error")}
+        assert set(got) - others == {("nn.Linear", loss), ("DenseHead", loss)}
         assert total(got["DenseHead", loss].flops) == total(softmax.flops) * 3 / 4
         assert total(got["DenseHead", loss].traffic) < total(softmax.traffic)
 
@@ -105,6 +107,21 @@ def test_arithmetic_of_a_sparse_head_by_hand():
     assert got.gathers == 4 * 8 * 4 * 125 * 5
     slow = dataclasses.replace(MACHINE, gather_rate=1e6)
     assert got.seconds(slow) - got.seconds(MACHINE) == pytest.approx(got.gathers / 1e6, rel=1e-3)
+
+
+def test_arithmetic_of_an_exact_head_by_hand():
+    d, b = 20, 8
+    plain = by_head(plan.Job(1000, d, b, optimizer="sgd"))["ExactHead", "squared_error"]
+    rows, hot = 8, 20
+    assert total(plain.flops) == pytest.approx(
+        8 * b * d * d + 8 * b * b * d + 4 * b * d * d + 4 * b * hot * d + 8.4 * rows * d * d + 2 * d**3
+    )
+    assert plain.peak == 1000 * d * 4 + 4000 + 140 * d * d + d * (20 * hot + 40 * b) + 2**25
+    moving = by_head(plan.Job(1000, d, b, optimizer="momentum"))["ExactHead", "squared_error"]
+    assert moving.peak > plain.peak + 1000 * d * 4 and 2 * total(plain.flops) < total(moving.flops)
+    # The steps of many classes are no dearer.
+    more = by_head(plan.Job(10**6, d, b, optimizer="sgd"))["ExactHead", "squared_error"]
+    assert total(more.flops) == total(plain.flops) and more.seconds(MACHINE) == plain.seconds(MACHINE)
 
 
 def test_half_the_bytes_half_the_weights():

@@ -4,6 +4,7 @@
 #include "widehead/cuda.h"
 #include "widehead/dense.h"
 #include "widehead/error.h"
+#include "widehead/exact.h"
 #include "widehead/fault.h"
 #include "widehead/isa.h"
 #include "widehead/labels.h"

@@ -68,13 +68,7 @@ class ExactMemory:
         matrix, velocity = joined(parameters), joined(velocities) if velocities else None
         assert matrix is not None and (velocity is not None or not velocities)
         follow_threads()
-        self.core: Any = _core.ExactState(
-            capsule(matrix),
-            capsule(velocity),
-            method=options.method,
-            wide=options.wide(),
-            block_steps=options.block_steps,
-        )
+        self.core: Any = _core.ExactState(capsule(matrix), capsule(velocity), **options.method_arguments())
         self.retired = self.overflow = False
         self._settled = True
         self._record()

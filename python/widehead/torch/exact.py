@@ -62,6 +62,8 @@ class ExactHead(Head):
             spherical softmax, whose course is sensitive, and with float64 weights.
         block_steps: for how many steps the rows of targets stay in work before they go back.
         method: "blocked", or "woodbury", the update of the papers, which keeps an inverse; it has no momentum.
+        max_kappa: of "woodbury", 4 if None: it starts anew before a singular value of its matrix passes this, or its
+            inverse. More is faster and rounds worse.
         bias: whether classes have a bias: the weight of a feature that is always 1, as exact as the others.
         ignore_index, reduction, seed: see `DenseHead`.
         dtype: float32 or float64, of the weights.
@@ -101,6 +103,7 @@ class ExactHead(Head):
         factors: str | None = None,
         block_steps: int = 4,
         method: str = "blocked",
+        max_kappa: float | None = None,
         ignore_index: int = -100,
         bias: bool = False,
         reduction: str = "mean",
@@ -108,7 +111,7 @@ class ExactHead(Head):
         dtype: torch.dtype | None = None,
         seed: int | None = None,
     ) -> None:
-        options = ExactOptions(loss, eps, a, b, factors, block_steps, method, ignore_index, reduction)
+        options = ExactOptions(loss, eps, a, b, factors, block_steps, method, max_kappa, ignore_index, reduction)
         super().__init__(in_features, n_classes, loss=loss, ignore_index=ignore_index, reduction=reduction)
         dtype = torch.get_default_dtype() if dtype is None else dtype
         if dtype not in (torch.float32, torch.float64):
@@ -541,5 +544,5 @@ class ExactHead(Head):
         return {**super().__getstate__(), "_memory": None}
 
     def _config(self) -> dict[str, Any]:
-        names = ("eps", "a", "b", "factors", "block_steps", "method")
+        names = ("eps", "a", "b", "factors", "block_steps", "method", "max_kappa")
         return {**{name: getattr(self.options, name) for name in names}, "seed": self.seed}
