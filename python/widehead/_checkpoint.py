@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ._core import Error
+from ._linear import LinearLayer
 from ._training import Examples, Targets, checksum
 from .bag import EmbeddingBag
 from .files import FileError, HeadFile, load_head, save_head
@@ -23,15 +24,22 @@ if TYPE_CHECKING:
 
     C = TypeVar("C", bound=Classifier)
 
-_HEADS: dict[str, Any] = {"DenseHead": DenseHead, "SparseHead": SparseHead}
+# Kinds of each layer, in the order of the model; the dictionary need not be there.
+_LAYERS: dict[str, dict[str, Any]] = {
+    "bag": {"EmbeddingBag": EmbeddingBag},
+    "dictionary": {"LinearLayer": LinearLayer},
+    "head": {"DenseHead": DenseHead, "SparseHead": SparseHead},
+}
 # Parameters that do not change what a fit computes, or that are no data.
 _ASIDE = ("features", "transform", "checkpoint", "checkpoint_every", "resume", "callback", "verbose")
 
 
 def pack(model: Classifier, optimizer: bool) -> HeadFile:
-    """Both layers in one file, tensors as `bag.<name>` and `head.<name>`."""
+    """The layers in one file, tensors as `<layer>.<name>`."""
     file = HeadFile("Classifier", {"params": parameters(model)})
-    for part, layer in (("bag", model.bag_), ("head", model.head_)):
+    for part in _LAYERS:
+        if (layer := getattr(model, part + "_")) is None:
+            continue
         inner = layer._to_file(optimizer)
         file.config[part] = {"kind": inner.kind, "config": inner.config}
         file.state[part] = inner.state
@@ -40,16 +48,19 @@ def pack(model: Classifier, optimizer: bool) -> HeadFile:
     return file
 
 
-def unpack(file: HeadFile) -> tuple[EmbeddingBag, Any]:
-    """The layers of a file that `pack` made."""
-    layers = []
-    for part, kinds in (("bag", {"EmbeddingBag": EmbeddingBag}), ("head", _HEADS)):
+def unpack(file: HeadFile, model: Classifier) -> None:
+    """Gives a model the layers of a file that `pack` made."""
+    layers: dict[str, Any] = dict.fromkeys(_LAYERS)
+    for part, kinds in _LAYERS.items():
+        if part not in file.config:
+            continue
         kind, config = file.config[part]["kind"], file.config[part]["config"]
         dot = part + "."
         tensors = {n.removeprefix(dot): array for n, array in file.tensors.items() if n.startswith(dot)}
         integers = {n.removeprefix(dot) for n in file.integers if n.startswith(dot)}
-        layers.append(kinds[kind]._from_file(HeadFile(kind, config, tensors, file.state[part], integers)))
-    return layers[0], layers[1]
+        layers[part] = kinds[kind]._from_file(HeadFile(kind, config, tensors, file.state[part], integers))
+    for part, layer in layers.items():
+        setattr(model, part + "_", layer)
 
 
 def parameters(model: Classifier) -> dict[str, Any]:
@@ -97,7 +108,7 @@ def load_model(cls: type[C], path: Path, features: Any | None) -> C:
             options = dict(file.config["features"])
             features = NGramHasher(**{**options, "ngram_range": tuple(options["ngram_range"])})
         model = cls(**_with_arrays(file.config["params"], file), features=features)
-        model.bag_, model.head_ = unpack(file)
+        unpack(file, model)
         model._names = _names_from_tensors(file) if "classes" in file.config else None
         model.n_features_in_, model.n_classes_ = model.bag_.n_features, model.head_.n_classes
         model.history_ = []
@@ -207,7 +218,7 @@ class Keeper:
                     f"{self.path}: a checkpoint of another fit: {name} was {identity.get(name)}, is {value}; delete "
                     "the file or fit with resume=False"
                 )
-        self.model.bag_, self.model.head_ = unpack(file)
+        unpack(file, self.model)
         self.total, self.count = file.state["total"], file.state["count"]
         self.model.history_ = file.state["history"]
         self.validation.best = _best_of(file)

@@ -30,6 +30,8 @@ def check_parameters(model: Classifier, heads: tuple[str, ...]) -> None:
         raise _core.ShapeError(f"lr: expected a positive number, got {model.lr!r}")
     if model.intermediate is not None and model.intermediate < 1:
         raise _core.ShapeError(f"intermediate: expected a width of at least 1 or None, got {model.intermediate!r}")
+    if model.dictionary is not None and model.dictionary < 1:
+        raise _core.ShapeError(f"dictionary: expected a width of at least 1 or None, got {model.dictionary!r}")
     if not 0 <= model.dropout < 1:
         raise _core.ShapeError(f"dropout: expected a share in [0, 1), got {model.dropout!r}")
     if not 0 <= model.warmup <= 1:

@@ -11,11 +11,9 @@ from numpy.typing import ArrayLike, NDArray
 from . import _core
 from ._arrays import STORED, stored
 from ._core import DtypeError, Error, ShapeError
-from ._optimizer import OptimizerState
+from ._optimizer import SAVED, OptimizerState
 from .files import FileError, HeadFile, load_head, save_head
 from .options import choose
-
-_OPTIMIZER = "optimizer."
 
 Self = TypeVar("Self", bound="Head")
 
@@ -152,8 +150,8 @@ class Head:
         tensors = self._tensors() | self._option_tensors()
         state: dict[str, Any] = {"steps": self.steps}
         if optimizer:
-            state["optimizer"] = {"name": self._optimizer.name, "step": self._optimizer.step}
-            tensors |= {_OPTIMIZER + name: array for name, array in self._optimizer.arrays.items()}
+            state["optimizer"], arrays = self._optimizer.to_file()
+            tensors |= arrays
         return HeadFile(self.kind, self._config(), tensors, state, set(self.integers))
 
     @classmethod
@@ -178,7 +176,7 @@ class Head:
         tensors = dict(file.tensors)
         names = ("weight", "bias", *cls.integers)
         parameters: dict[str, NDArray] = {name: tensors.pop(name) for name in names if name in tensors}
-        moments = {name: tensors.pop(name) for name in list(tensors) if name.startswith(_OPTIMIZER)}
+        moments = {name: tensors.pop(name) for name in list(tensors) if name.startswith(SAVED)}
         config = dict(file.config)
         if config.get("dtype") == "float16":
             raise DtypeError(
@@ -199,9 +197,7 @@ class Head:
             raise ShapeError(f"unexpected tensors {sorted(parameters)}")
         head.steps = int(file.state.get("steps", 0))
         if "optimizer" in file.state:
-            kept = file.state["optimizer"]
-            arrays = {name.removeprefix(_OPTIMIZER): array for name, array in moments.items()}
-            head._optimizer = OptimizerState(kept["name"], int(kept["step"]), arrays)
+            head._optimizer = OptimizerState.from_file(file.state["optimizer"], moments)
         return head
 
     def _options_from_file(self, config: dict[str, Any], tensors: dict[str, NDArray]) -> dict[str, Any]:

@@ -22,6 +22,8 @@ _STATE: dict[str, dict[str, str]] = {
     "adagrad": {"second": "row", "bias_second": "bias"},
 }
 
+SAVED = "optimizer."  # of its arrays among the tensors of a file
+
 
 @dataclass
 class OptimizerState:
@@ -70,6 +72,16 @@ class OptimizerState:
             unused |= {"first", "bias_first"}
         arrays = {key: value for key, value in self.arrays.items() if key not in unused}
         return {"optimizer": optimizer, "rounding": rounding, "seed": seed, "step": self.step + 1, **numbers, **arrays}
+
+    def to_file(self) -> tuple[dict[str, Any], dict[str, NDArray]]:
+        """What a saved layer keeps of it: numbers, and arrays by name."""
+        return {"name": self.name, "step": self.step}, {SAVED + name: array for name, array in self.arrays.items()}
+
+    @classmethod
+    def from_file(cls, numbers: dict[str, Any], tensors: dict[str, NDArray]) -> OptimizerState:
+        """What `to_file` gave, among other tensors."""
+        arrays = {name.removeprefix(SAVED): array for name, array in tensors.items() if name.startswith(SAVED)}
+        return cls(numbers["name"], int(numbers["step"]), arrays)
 
     def grow(self, n_classes: int) -> None:
         """Zero state for new rows at the end."""

@@ -89,7 +89,7 @@ class Validation:
         """Gives the model the layers of its best epoch."""
         model = self.model
         if self.best is not None and self.best_epoch != len(model.history_) - 1:
-            model.bag_, model.head_ = unpack(self.best)
+            unpack(self.best, model)
         model.best_epoch_ = self.best_epoch if self.active else None
         model.best_validation_score_ = self.best_score if self.active else None
 
@@ -99,7 +99,7 @@ class Validation:
         found = MetricAccumulator((k,))
         for first in range(0, len(self.held), _SERVE):
             rows = self.held[first : first + _SERVE]
-            hidden = model._activate(model.bag_.forward(self.source.rows(rows)))
+            hidden = model._represent(self.source.rows(rows))
             found.update(model.head_.topk(hidden, min(k, model.n_classes_))[1], self.targets.take(rows))
         return found.result()[name]
 

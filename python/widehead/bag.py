@@ -165,8 +165,8 @@ class EmbeddingBag:
             "EmbeddingBag", {n: getattr(self, n) for n in names}, {"weight": self.weight}, {"steps": self.steps}
         )
         if optimizer:
-            file.state["optimizer"] = {"name": self._optimizer.name, "step": self._optimizer.step}
-            file.tensors |= {f"optimizer.{name}": array for name, array in self._optimizer.arrays.items()}
+            file.state["optimizer"], arrays = self._optimizer.to_file()
+            file.tensors |= arrays
         return file
 
     @classmethod
@@ -180,9 +180,7 @@ class EmbeddingBag:
             )
         bag._weight, bag.steps = weight, int(file.state.get("steps", 0))
         if "optimizer" in file.state:
-            kept, prefix = file.state["optimizer"], "optimizer."
-            arrays = {n.removeprefix(prefix): array for n, array in file.tensors.items() if n.startswith(prefix)}
-            bag._optimizer = OptimizerState(kept["name"], int(kept["step"]), arrays)
+            bag._optimizer = OptimizerState.from_file(file.state["optimizer"], file.tensors)
         return bag
 
     def _forward(self, csr: sp.csr_array) -> tuple[NDArray[Any], NDArray[Any]]:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from . import _checkpoint, _core
 from ._checks import check_parameters, checked_weights
+from ._linear import LinearLayer
 from ._training import Examples, Targets, drop_features, encode, log_odds, order_of, progress, rate_at
 from ._validation import Validation
 from .bag import EmbeddingBag
@@ -42,14 +43,17 @@ class Classifier(ClassifierMixin, BaseEstimator):
     """Classifier over sparse features for very many classes, by the conventions of scikit-learn.
 
     ``X`` -> embedding bag -> unit length x ``scale`` (``normalise``) -> head; or, with ``intermediate``, ``X`` ->
-    dropout -> ReLU layer of that width -> head, the model of arXiv 2306.03725. Both layers are trained together by a
-    fused optimiser, on batches in an order drawn anew for every epoch. The same data, parameters and seed give the same
-    model, bit for bit, on any number of threads.
+    dropout -> ReLU layer of that width -> head, the model of arXiv 2306.03725. With ``dictionary`` a linear layer
+    comes before the head. All layers are trained together by a fused optimiser, on batches in an order drawn anew for
+    every epoch. The same data, parameters and seed give the same model, bit for bit, on any number of threads.
 
     Args:
         head: kind of output layer: ``"dense"`` or ``"sparse"``.
         dim: length of the hidden vectors.
         intermediate: width of a ReLU layer in their place, which has no unit length; a sparse head wants thousands.
+        dictionary: width of a linear layer before the head. A sparse head's classes are then combinations of ``fan_in``
+            of so many directions: a full layer of ``dim`` in a fraction of its memory, below a ``dim`` of some hundred
+            instead of an ``intermediate`` layer of thousands.
         dropout: share of each example's features that training leaves out, drawn anew each time; the others grow
             accordingly.
         loss: ``"sampled_softmax"`` (dense), ``"softmax"``, ``"bce"`` or ``"squared_hinge"``; None: the first of a dense
@@ -61,7 +65,7 @@ class Classifier(ClassifierMixin, BaseEstimator):
         schedule: the rate falls to 0 by ``"linear"`` or ``"cosine"``, stays (``"constant"``), or halves whenever the
             validation figure has not improved for ``patience`` epochs (``"plateau"``).
         warmup: share of the steps over which the rate first rises, 0 to 1.
-        weight_decay: of both layers.
+        weight_decay: of all layers.
         early_stopping: end the training when the validation figure has not improved for ``n_iter_no_change`` epochs.
         validation_fraction: share of the examples, drawn by the seed, that :meth:`fit` does not train on but measures
             the model with after every epoch; only with ``early_stopping`` or the schedule ``"plateau"``. The model is
@@ -69,7 +73,7 @@ class Classifier(ClassifierMixin, BaseEstimator):
         validation_metric: that figure: ``"P@k"``, ``"nDCG@k"``, ``"hit@k"`` or ``"recall@k"``.
         n_iter_no_change, patience: epochs, see above.
         normalise, scale: hidden vectors have length ``scale``.
-        dtype: of both layers' weights: ``"float32"`` or ``"bfloat16"``.
+        dtype: of all layers' weights: ``"float32"`` or ``"bfloat16"``.
         n_classes: number of classes, for integer ``Y``; by default the classes are the distinct values of ``Y``.
         features: what makes features of ``X``: an ``NGramHasher`` for a list of strings, or any fitted transformer.
         transform: ``transform(X, epoch)`` gives the examples of an epoch, as many and in the same order: say, with
@@ -87,7 +91,7 @@ class Classifier(ClassifierMixin, BaseEstimator):
     Attributes:
         classes_: ``[n_classes]`` values of ``Y`` by class.
         n_classes_, n_features_in_: numbers of classes and of columns.
-        bag_, head_: the layers.
+        bag_, dictionary_, head_: the layers; ``dictionary_`` may be None.
         history_: a dict for every epoch: ``epoch``, ``loss`` (mean over its examples), ``seconds``; ``validation``
             where there is such a figure.
         best_epoch_, best_validation_score_: of the epoch whose weights the model has; None without validation.
@@ -99,6 +103,7 @@ class Classifier(ClassifierMixin, BaseEstimator):
         *,
         dim: int = 128,
         intermediate: int | None = None,
+        dictionary: int | None = None,
         dropout: float = 0.0,
         loss: str | None = None,
         negatives: int = 512,
@@ -131,6 +136,7 @@ class Classifier(ClassifierMixin, BaseEstimator):
         self.head = head
         self.dim = dim
         self.intermediate = intermediate
+        self.dictionary = dictionary
         self.dropout = dropout
         self.loss = loss
         self.negatives = negatives
@@ -345,6 +351,10 @@ class Classifier(ClassifierMixin, BaseEstimator):
             dtype=self.dtype,
             seed=self.seed + 1,
         )
+        self.dictionary_ = None
+        if self.dictionary is not None:
+            self.dictionary_ = LinearLayer(width, self.dictionary, dtype=self.dtype, seed=self.seed + 2)
+            width = self.dictionary
         self.head_ = _HEADS[self.head](width, self.n_classes_, loss=loss, **shared, **options)
         if loss == "bce" and self.head_.bias is not None:
             self.head_.set_bias(log_odds(targets))
@@ -354,7 +364,9 @@ class Classifier(ClassifierMixin, BaseEstimator):
         try:
             X = drop_features(X, self.dropout, self.seed, self.bag_.steps)
             hidden = self._activate(self.bag_.forward(X))
-            loss, grad = self.head_.step(hidden, target, rate, sample_weight=weight, **options)
+            loss, grad = self.head_.step(self._expand(hidden), target, rate, sample_weight=weight, **options)
+            if self.dictionary_ is not None:
+                grad = self.dictionary_.step(hidden, grad, rate, **options)
             if self.intermediate is not None:
                 grad *= hidden > 0
             self.bag_.step(X, grad, rate, **options)
@@ -367,7 +379,14 @@ class Classifier(ClassifierMixin, BaseEstimator):
         examples = Examples(X, self.features)
         source = examples.epoch(0, None)
         for first in range(0, len(examples), _SERVE):
-            yield self._activate(self.bag_.forward(source.rows(slice(first, first + _SERVE))))
+            yield self._represent(source.rows(slice(first, first + _SERVE)))
+
+    def _represent(self, X: sp.csr_array) -> NDArray[Any]:
+        """What the head sees of some examples."""
+        return self._expand(self._activate(self.bag_.forward(X)))
+
+    def _expand(self, hidden: NDArray[Any]) -> NDArray[Any]:
+        return hidden if self.dictionary_ is None else self.dictionary_.forward(hidden)
 
     def _activate(self, hidden: NDArray[Any]) -> NDArray[Any]:
         return hidden if self.intermediate is None else np.maximum(hidden, 0, out=hidden)

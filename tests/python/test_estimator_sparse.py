@@ -101,6 +101,7 @@ def test_bad_parameters_are_refused():
     X, y = toy(n=50)
     for options, match in (
         ({"intermediate": 0}, "intermediate: expected a width"),
+        ({"dictionary": 0}, "dictionary: expected a width"),
         ({"dropout": 1.0}, "dropout: expected a share"),
         ({"intermediate": 8}, "fan_in"),
         ({"loss": "sampled_softmax"}, "loss"),
@@ -124,3 +125,86 @@ def test_command_line(tmp_path, capsys):
     assert "squared_hinge, d = 64" in shown and "nDCG       100.00" in shown
     assert cli.main(["train", *data, "-o", out, "--group-size", "2", "--quiet"]) != 0
     assert "--group-size: belongs to --head sparse" in capsys.readouterr().err
+    options = [
+        "--head",
+        "sparse",
+        "--dim",
+        "24",
+        "--dictionary",
+        "64",
+        "--fan-in",
+        "16",
+        "--lr",
+        "0.02",
+        "--epochs",
+        "8",
+    ]
+    assert cli.main(["train", *data, "-o", out, *options, "--quiet"]) == 0
+    model = Classifier.load(out)
+    assert model.intermediate is None and model.dictionary_.weight.shape == (64, 24) and model.score(X, y) > 0.9
+
+
+def with_dictionary(**options):
+    defaults = {"intermediate": None, "dim": 24, "dictionary": 64, "normalise": False}
+    return sparse(**{**defaults, **options})
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_dictionary_before_the_head(dtype, tmp_path):
+    X, y = toy()
+    model = with_dictionary(dtype=dtype).fit(X[:500], y[:500])
+    assert model.score(X[500:], y[500:]) > 0.9
+    assert model.bag_.weight.shape == (60, 24) and model.dictionary_.weight.shape == (64, 24)
+    model.save(tmp_path / "model.safetensors")
+    loaded = Classifier.load(tmp_path / "model.safetensors")
+    assert np.array_equal(loaded.predict_topk(X, 3)[0], model.predict_topk(X, 3)[0])
+    assert loaded.get_params()["dictionary"] == 64
+
+
+def test_gradient_through_the_dictionary():
+    """One step of plain SGD moves the bag and the dictionary by the derivatives of the loss, by central differences."""
+    X, y = toy(n=40)
+    common = {"epochs": 1, "batch_size": 40, "optimizer": "sgd", "head_options": {"rewire_every": None}}
+    before, after = (with_dictionary(lr=lr, **common).fit(X, y) for lr in (1e-12, 1e-3))
+    head, dense = before.head_, X.toarray().astype(float)
+    head_matrix = np.zeros((12, 64))
+    np.put_along_axis(head_matrix, head.index.astype(int), head.weight.astype(float), 1)
+    start = {"bag_": before.bag_.weight.astype(float), "dictionary_": before.dictionary_.weight.astype(float)}
+    end = {"bag_": after.bag_.weight.astype(float), "dictionary_": after.dictionary_.weight.astype(float)}
+
+    def loss(bag_, dictionary_):
+        z = dense @ bag_ @ dictionary_.T @ head_matrix.T + head.bias
+        sign = np.full(z.shape, -1.0)
+        sign[np.arange(40), y] = 1.0
+        return (np.maximum(0, 1 - sign * z) ** 2).sum() / 40
+
+    rng = np.random.default_rng(0)
+    for name, weight in start.items():
+        for _ in range(20):
+            at = tuple(rng.integers(n) for n in weight.shape)
+            moved = {}
+            for sign in (-1, 1):
+                changed = weight.copy()
+                changed[at] += sign * 1e-4
+                moved[sign] = loss(**{**start, name: changed})
+            slope = (moved[1] - moved[-1]) / 2e-4
+            assert end[name][at] - weight[at] == pytest.approx(-1e-3 * slope, rel=2e-2, abs=2e-6)
+
+
+def test_a_fit_with_a_dictionary_resumes_with_the_same_bits(tmp_path):
+    X, y = toy()
+    whole = with_dictionary(epochs=4).fit(X, y)
+
+    class Enough(Exception):
+        pass
+
+    def stop(model, epoch, loss):
+        if epoch == 2:
+            raise Enough
+
+    kept = {"epochs": 4, "checkpoint": tmp_path / "fit", "checkpoint_every": 1e-9}
+    with pytest.raises(Enough):
+        with_dictionary(callback=stop, **kept).fit(X, y)
+    resumed = with_dictionary(resume=True, **kept).fit(X, y)
+    for layer in ("bag_", "dictionary_", "head_"):
+        assert np.array_equal(getattr(resumed, layer).weight, getattr(whole, layer).weight), layer

@@ -51,6 +51,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument(
         "--intermediate", type=common.count, metavar="H", help="width of a ReLU layer before the head (sparse: 4096)"
     )
+    model.add_argument(
+        "--dictionary",
+        type=common.count,
+        metavar="A",
+        help="width of a linear layer before the head, in place of that one",
+    )
     model.add_argument("--dropout", type=float, default=0.0, help="share of the features left out (default: 0)")
     model.add_argument("--fan-in", type=common.count, metavar="K", help="of a sparse head (default: 32)")
     model.add_argument("--group-size", type=common.count, metavar="G", help="of a sparse head (default: 1)")
@@ -168,13 +174,13 @@ def _parameters(arguments: argparse.Namespace, train: Dataset) -> dict[str, Any]
     out = {
         name: getattr(arguments, name)
         for name in (
-            *("head", "dim", "dtype", "scale", "negatives", "schedule", "weight_decay", "dropout"),
+            *("head", "dim", "dictionary", "dtype", "scale", "negatives", "schedule", "weight_decay", "dropout"),
             *("early_stopping", "validation_fraction", "validation_metric", "n_iter_no_change", "patience"),
             *("seed", "resume", "checkpoint_every"),
         )
     }
     sparse = arguments.head == "sparse"
-    out["intermediate"] = arguments.intermediate or (4096 if sparse else None)
+    out["intermediate"] = arguments.intermediate or (4096 if sparse and not arguments.dictionary else None)
     out["optimizer"] = arguments.optimizer or ("adam" if sparse else "adagrad")
     out["lr"] = (1e-3 if sparse else 0.1) if arguments.lr is None else arguments.lr
     asked = {name: getattr(arguments, name) for name in ("fan_in", "group_size", "dense_head", "group_labels")}
