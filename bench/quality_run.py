@@ -56,6 +56,7 @@ def train(settings: dict[str, Any], part: Dataset, test: Dataset) -> dict[str, A
     model.fit(part.features, part.labels)
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     peak = common.peak_mib()
+    dictionary = {} if model.dictionary_ is None else {"dictionary": sum(sizes(model.dictionary_).values())}
     assert test.features is not None
     lists = [model.predict_topk(test.features[at : at + _SERVE], max(KS))[1] for at in range(0, len(test), _SERVE)]
     return {
@@ -66,7 +67,7 @@ def train(settings: dict[str, Any], part: Dataset, test: Dataset) -> dict[str, A
         "cpu_s_per_epoch": cpu / len(model.history_),
         "peak_mib": peak,
         "data_mib": base,
-        "head_bytes": sizes(model.head_),
+        "head_bytes": {**sizes(model.head_), **dictionary},
         "first_layer_bytes": sizes(model.bag_),
     }
 

@@ -46,11 +46,15 @@ def dense(width: int) -> dict[str, Any]:
     return {"head": "dense", "intermediate": width}
 
 
+# A linear layer of that width over 512 features in the place of the ReLU layer.
+DICTIONARY = {"intermediate": None, "dim": 512, "normalise": False, "dictionary": 1024}
+DECAYS = [{"weight_decay": decay} for decay in (0.15, 0.3)]
+
 # Method -> grid of settings, over those above.
 GRIDS: dict[str, list[dict[str, Any]]] = {
     "dense": [
         *({**dense(256), "lr": 3e-3, "dropout": share} for share in (0.0, 0.1)),
-        {**dense(512), "lr": 3e-3, "dropout": 0.0},
+        *({**dense(512), "lr": 3e-3, "dropout": 0.0, **decay} for decay in ({}, *DECAYS)),
     ],
     "sparse 32 of 4096": [
         *({**sparse(4096, 32), "lr": 3e-3, "dropout": share} for share in (0.0, 0.1)),
@@ -58,6 +62,14 @@ GRIDS: dict[str, list[dict[str, Any]]] = {
     ],
     "sparse 32 of 4096, weight decay": [
         {**sparse(4096, 32), "lr": 6e-3, "dropout": 0.0, "weight_decay": decay} for decay in (0.5, 1.5)
+    ],
+    "sparse 48 of 4096, groups of 16": [
+        {**sparse(4096, 48, 16), "lr": 6e-3, "dropout": 0.0, **decay} for decay in ({}, *DECAYS, {"weight_decay": 0.5})
+    ],
+    "sparse 32 of a dictionary of 1024, groups of 16": [
+        {**sparse(1024, 32, 16), **DICTIONARY, "lr": lr, "dropout": 0.0, **decay}
+        for lr in (3e-3, 6e-3)
+        for decay in ({}, DECAYS[0])
     ],
     "sparse direct, 32 of 512": [{**sparse(512, 32), "lr": lr, "dropout": 0.0} for lr in (3e-3, 1e-2)],
     "bottleneck 64": [{**dense(64), "lr": lr, "dropout": 0.0} for lr in (3e-3, 1e-2)],
