@@ -8,6 +8,7 @@
 
 #include "parts.h"
 #include "widehead/error.h"
+#include "widehead/exact_device.h"
 
 namespace widehead::python {
 namespace {
@@ -136,7 +137,7 @@ SphericalOptions options_of(const std::string& loss, double eps, double a, doubl
 
 void loss(const std::string& name, double eps, double a, double b, std::int64_t n_classes, nb::handle indptr,
           nb::handle indices, nb::handle values, nb::handle A, nb::handle q, nb::handle s, nb::handle losses,
-          nb::handle grad_A, nb::handle grad_q, nb::handle grad_s) {
+          nb::handle grad_A, nb::handle grad_q, nb::handle grad_s, nb::handle gpu) {
   Arrays arrays;
   const SphericalOptions options = options_of(name, eps, a, b);
   const ConstAnyVector qs = arrays.vector(q, {"q", "[batch]", kDouble});
@@ -148,6 +149,13 @@ void loss(const std::string& name, double eps, double a, double b, std::int64_t 
   double* ga = doubles(arrays, grad_A, "grad_A", "[nnz]", nnz, true);
   double* gq = doubles(arrays, grad_q, "grad_q", "[batch]", qs.size, true);
   double* gs = doubles(arrays, grad_s, "grad_s", "[batch]", qs.size, true);
+  if (arrays.on_gpu()) {
+    SphericalLossDevice args{options, target, as, static_cast<const double*>(qs.data), ss, l, ga, gq, gs, {}};
+    args.device = arrays.device(gpu);
+    arrays.get_scratch(gpu, args.device, scratch_bytes(args));
+    nb::gil_scoped_release no_gil;
+    return spherical_loss(args);
+  }
   nb::gil_scoped_release no_gil;
   spherical_loss(options, target, as, static_cast<const double*>(qs.data), ss, l, ga, gq, gs);
 }
@@ -186,7 +194,8 @@ void bind_exact(nb::module_& m) {
       .def("diagnostics", &State::diagnostics);
   m.def("spherical_loss", &loss, nb::kw_only(), "loss"_a, "eps"_a, "a"_a, "b"_a, "n_classes"_a, "indptr"_a.none(),
         "indices"_a, "values"_a.none() = nb::none(), "A"_a, "q"_a, "s"_a, "losses"_a.none() = nb::none(),
-        "grad_A"_a.none() = nb::none(), "grad_q"_a.none() = nb::none(), "grad_s"_a.none() = nb::none());
+        "grad_A"_a.none() = nb::none(), "grad_q"_a.none() = nb::none(), "grad_s"_a.none() = nb::none(),
+        "gpu"_a.none() = nb::none());
 }
 
 }  // namespace widehead::python

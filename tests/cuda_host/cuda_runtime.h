@@ -104,6 +104,12 @@ T atomicMax(T* at, T value) {
   return old;
 }
 template <class T>
+T atomicMin(T* at, T value) {
+  const T old = *at;
+  if (value < old) *at = value;
+  return old;
+}
+template <class T>
 T atomicCAS(T* at, T compare, T value) {
   const T old = *at;
   if (old == compare) *at = value;
