@@ -1,6 +1,7 @@
 // exact.cc -- the exact head for Python: an object that keeps the state beside the caller's arrays
 #include "widehead/exact.h"
 
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 
@@ -137,7 +138,8 @@ SphericalOptions options_of(const std::string& loss, double eps, double a, doubl
 
 void loss(const std::string& name, double eps, double a, double b, std::int64_t n_classes, nb::handle indptr,
           nb::handle indices, nb::handle values, nb::handle A, nb::handle q, nb::handle s, nb::handle losses,
-          nb::handle grad_A, nb::handle grad_q, nb::handle grad_s, nb::handle gpu) {
+          nb::handle grad_A, nb::handle grad_q, nb::handle grad_s, std::optional<std::int64_t> ignore_index,
+          nb::handle gpu) {
   Arrays arrays;
   const SphericalOptions options = options_of(name, eps, a, b);
   const ConstAnyVector qs = arrays.vector(q, {"q", "[batch]", kDouble});
@@ -152,6 +154,7 @@ void loss(const std::string& name, double eps, double a, double b, std::int64_t 
   if (arrays.on_gpu()) {
     SphericalLossDevice args{options, target, as, static_cast<const double*>(qs.data), ss, l, ga, gq, gs, {}};
     args.device = arrays.device(gpu);
+    args.ignore_index = ignore_index.value_or(args.ignore_index);
     arrays.get_scratch(gpu, args.device, scratch_bytes(args));
     nb::gil_scoped_release no_gil;
     return spherical_loss(args);
@@ -195,7 +198,7 @@ void bind_exact(nb::module_& m) {
   m.def("spherical_loss", &loss, nb::kw_only(), "loss"_a, "eps"_a, "a"_a, "b"_a, "n_classes"_a, "indptr"_a.none(),
         "indices"_a, "values"_a.none() = nb::none(), "A"_a, "q"_a, "s"_a, "losses"_a.none() = nb::none(),
         "grad_A"_a.none() = nb::none(), "grad_q"_a.none() = nb::none(), "grad_s"_a.none() = nb::none(),
-        "gpu"_a.none() = nb::none());
+        "ignore_index"_a.none() = nb::none(), "gpu"_a.none() = nb::none());
 }
 
 }  // namespace widehead::python

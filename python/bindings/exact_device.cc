@@ -1,6 +1,7 @@
 // exact_device.cc -- the exact head on a GPU for Python: functions over arrays of the caller's
 #include "widehead/exact_device.h"
 
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 
 #include "parts.h"
@@ -72,9 +73,11 @@ void init(nb::handle weight, nb::handle velocity, nb::handle state, bool wide, n
 }
 
 void forward(nb::handle weight, nb::handle velocity, nb::handle state, bool wide, nb::handle batch, nb::handle hidden,
-             nb::handle indptr, nb::handle indices, nb::handle A, nb::handle q, nb::handle s, nb::handle gpu) {
+             nb::handle indptr, nb::handle indices, std::optional<std::int64_t> ignore_index, nb::handle A,
+             nb::handle q, nb::handle s, nb::handle gpu) {
   Arrays arrays;
   ExactForward args;
+  args.ignore_index = ignore_index.value_or(args.ignore_index);
   args.head = head_of(arrays, weight, velocity, state, wide, gpu);
   take_batch(arrays, batch, args);
   args.hidden = arrays.matrix(hidden, {"hidden", "[batch, in_features]", kFloating});
@@ -196,7 +199,8 @@ void bind_exact_device(nb::module_& m) {
           "gpu"_a.none() = none);
   };
   def("exact_init", &init);
-  def("exact_forward", &forward, "batch"_a, "hidden"_a, "indptr"_a.none(), "indices"_a, "A"_a, "q"_a, "s"_a);
+  def("exact_forward", &forward, "batch"_a, "hidden"_a, "indptr"_a.none(), "indices"_a, "ignore_index"_a.none() = none,
+      "A"_a, "q"_a, "s"_a);
   def("exact_backward", &backward, "batch"_a, "grad_A"_a, "grad_q"_a, "grad_s"_a, "grad_hidden"_a.none() = none);
   def("exact_gradient", &gradient, "batch"_a, "examples"_a, "targets"_a, "norm2"_a.none() = none,
       "columns"_a.none() = none);

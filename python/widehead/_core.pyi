@@ -244,7 +244,8 @@ class ExactState:
     def refresh(self) -> None: ...
     def diagnostics(self) -> dict[str, float]: ...
 
-# loss: "squared_error" | "spherical_softmax" | "taylor_softmax" | "z_loss"; all arrays float64.
+# loss: "squared_error" | "spherical_softmax" | "taylor_softmax" | "z_loss"; all arrays float64. ignore_index: on a GPU
+# only, of single labels that are none.
 def spherical_loss(
     *,
     loss: str,
@@ -262,6 +263,7 @@ def spherical_loss(
     grad_A: Array | None = None,
     grad_q: Array | None = None,
     grad_s: Array | None = None,
+    ignore_index: int | None = None,
     gpu: Gpu | None = None,
 ) -> None: ...
 
@@ -283,7 +285,8 @@ def exact_init(
 ) -> None: ...
 def exact_forward(
     *, weight: Array, velocity: Array | None = None, state: Array, wide: bool = False, batch: Array, hidden: Array,
-    indptr: Array | None, indices: Array, A: Array, q: Array, s: Array, gpu: Gpu | None = None,
+    indptr: Array | None, indices: Array, ignore_index: int | None = None, A: Array, q: Array, s: Array,
+    gpu: Gpu | None = None,
 ) -> None: ...
 def exact_backward(
     *, weight: Array, velocity: Array | None = None, state: Array, wide: bool = False, batch: Array, grad_A: Array,

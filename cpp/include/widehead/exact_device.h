@@ -6,6 +6,7 @@
 // anything. Results are the same bits every time.
 #pragma once
 #include <cstdint>
+#include <limits>
 
 #include "widehead/exact.h"
 
@@ -32,11 +33,12 @@ std::int64_t exact_init_scratch(const ExactDevice& head);
 
 struct ExactForward {
   ExactDevice head = {};
-  ConstAnyMatrix hidden = {};  // [B, d] any floating dtype
-  Labels target = {};          // no ignore_index; values are not looked at
-  void* batch = nullptr;       // aligned to 256 bytes; holds what the calls below want
+  ConstAnyMatrix hidden = {};                                            // [B, d] any floating dtype
+  Labels target = {};                                                    // values are not looked at
+  std::int64_t ignore_index = std::numeric_limits<std::int64_t>::min();  // of single labels: no target
+  void* batch = nullptr;  // aligned to 256 bytes; holds what the calls below want
   std::int64_t batch_bytes = 0;
-  double* A = nullptr;  // [nnz]; NaN in rows with a bad label
+  double* A = nullptr;  // [nnz]; NaN in rows with a bad label or none
   double* q = nullptr;  // [B]
   double* s = nullptr;  // [B]
 };
@@ -118,6 +120,7 @@ struct SphericalLossDevice {
   double* grad_q = nullptr;
   double* grad_s = nullptr;
   Device device = {};
+  std::int64_t ignore_index = std::numeric_limits<std::int64_t>::min();  // as of ExactForward
 };
 void spherical_loss(const SphericalLossDevice& args);
 std::int64_t scratch_bytes(const SphericalLossDevice& args);

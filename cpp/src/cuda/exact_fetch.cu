@@ -1,6 +1,4 @@
 // exact_fetch.cu -- the exact head's forward and backward pass on CUDA, and rows of it
-#include <limits>
-
 #include "cuda/backend.h"
 #include "cuda/convert.h"
 #include "cuda/exact_places.h"
@@ -250,7 +248,7 @@ void forward_as(const ExactForward& args) {
   fill(device, args.A, 0xFF, batch.targets * static_cast<i64>(sizeof(double)));  // NaN
   const Report report{device.faults, &batch.header->refused};
   LossOptions none;
-  none.ignore_index = std::numeric_limits<i64>::min();
+  none.ignore_index = args.ignore_index;
   Labels target = args.target;
   target.values = nullptr;
   prepare_targets(device, target, none, report, batch.of_example);

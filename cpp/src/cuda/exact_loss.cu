@@ -1,6 +1,4 @@
 // exact_loss.cu -- losses of the spherical family on CUDA from a batch's statistics
-#include <limits>
-
 #include "cuda/backend.h"
 #include "cuda/dense_rows.h"
 #include "exact_loss.h"
@@ -48,7 +46,7 @@ void spherical_loss(const SphericalLossDevice& args) {
                                         static_cast<cudaStream_t>(device.stream)));  // NaN
   if (args.target.rows == 0) return;
   LossOptions none;
-  none.ignore_index = std::numeric_limits<i64>::min();
+  none.ignore_index = args.ignore_index;
   prepare_targets(device, args.target, none, {device.faults, device.refused}, rows);
   launch(device, blocks_for(args.target.rows, kThreads), kThreads, 0, spherical_losses, args, rows);
 }
