@@ -226,7 +226,7 @@ class DeviceCore:
         for sign in (refused, self.spoilt):
             if sign is not None:
                 flag.bitwise_or_(sign.to(device=self.device, dtype=torch.int32, non_blocking=True))
-        options = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "device_lr": device_lr}
+        options: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "device_lr": device_lr}
         self._call(_core.exact_step, flag, **batch.counts(), **options, column_scale=column_scale)
         self.time += 1
         self.drop_pending()

@@ -14,9 +14,9 @@ from ._target import Target
 
 
 class Goal(NamedTuple):
-    """Single labels `[B]` (`indptr` None) or CSR. Of single labels, `valid` `[B]` says which examples have a target (None:
-    all). On the CPU those without are left out of `indices`; on a GPU, where their number is not known, they stay, and
-    the core is told the `ignore_index`.
+    """Single labels `[B]` (`indptr` None) or CSR. Of single labels, `valid` `[B]` says which examples have a target
+    (None: all). On the CPU those without are left out of `indices`; on a GPU, where their number is not known, they
+    stay, and the core is told the `ignore_index`.
     """
 
     indptr: Tensor | None
@@ -52,7 +52,8 @@ class Goal(NamedTuple):
         return cls(indptr, indices)
 
     def clone(self) -> Goal:
-        return Goal(*(part.clone() if isinstance(part, Tensor) else part for part in self))
+        indptr, _, values, valid = (None if part is None else part.clone() for part in self[:4])
+        return Goal(indptr, self.indices.clone(), values, valid, self.ignore_index)
 
     def capsules(self, values: bool = True) -> dict[str, Any]:
         """As arguments of the core."""

@@ -84,8 +84,8 @@ class ExactHead(Head):
     parameter. Writing to `head.weight` is seen, but not through `.data`.
 
     On a GPU nothing waits, errors of values come later (`check`), a block is one step, and there is no "woodbury". A
-    whole step (forward, backward, step()) can be captured in a CUDA graph, after one outside of it; `head.weight` and the
-    rest are right between replays. Written to then, the weights are seen by replays after `consolidate`.
+    whole step (forward, backward, step()) can be captured in a CUDA graph, after one outside of it; `head.weight` and
+    the rest are right between replays. Weights written to between replays: call `consolidate` before the next one.
     """
 
     kind: ClassVar[str] = "ExactHead"
@@ -275,8 +275,8 @@ class ExactHead(Head):
         return self.rows(torch.arange(lo, hi, device=self._stored().device))
 
     def diagnostics(self) -> dict[str, float]:
-        """How the state is: steps, blocks, live matrices, rows in work (not on a GPU), rows fetched and moved, the relative
-        error of W'W on a probe (a pass over all rows), |W|^2. Waits for a GPU.
+        """How the state is: steps, blocks, live matrices, rows in work (not on a GPU), rows fetched and moved, the
+        relative error of W'W on a probe (a pass over all rows), |W|^2. Waits for a GPU.
         """
         return self._exact().core.diagnostics()
 
@@ -354,8 +354,8 @@ class ExactHead(Head):
             self._owner.optimizer.grow(self._owner)
 
     def take_step(self, **how: Any) -> Tensor | int | None:
-        """Called by the optimiser's step(): the update by the gradient that waits, `how` as the core's step has it. Returns
-        what it counts, on a GPU 0-d: 0 where it was refused. None: there is nothing to take.
+        """Called by the optimiser's step(): the update by the gradient that waits, `how` as the core's step has it.
+        Returns what it counts, on a GPU 0-d: 0 where it was refused. None: there is nothing to take.
         """
         return self._exact().step(**how) if self._pending else None
 
@@ -367,8 +367,8 @@ class ExactHead(Head):
         return self._memory is not None and self._memory.core.spoilt
 
     def spoil_grad(self, norm: Tensor) -> None:
-        """The gradient that waits belongs to one of the norm NaN or infinity: under a GradScaler its step is skipped. On a
-        GPU the norm, 0-d, may also be finite, and nothing happens then.
+        """The gradient that waits belongs to one of the norm NaN or infinity: under a GradScaler its step is skipped.
+        On a GPU the norm, 0-d, may also be finite, and nothing happens then.
 
         Raises:
             NonFiniteError: no scaler. On a GPU it is recorded.

@@ -37,8 +37,8 @@ class Job:
             self.batch = self.memory.core.forward(self, hidden, A, q, s)
 
     def backward(self, grads: dict[str, Tensor], grad_hidden: Tensor | None) -> Tensor:
-        """Returns the report to the scaler, 0-d: 0, or infinity after an overflow; then nothing is added, and grad_hidden
-        is NaN.
+        """Returns the report to the scaler, 0-d: 0, or infinity after an overflow; then nothing is added, and
+        grad_hidden is NaN.
         """
         if self.train:
             if self.memory.retired:

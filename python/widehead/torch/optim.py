@@ -274,7 +274,11 @@ class FusedOptimizer(torch.optim.Optimizer):
                 owner.closed += 1
 
     def _take_step(self, owner: Owner, refused: Tensor | None) -> Tensor | int | None:
-        """The step of an exact head: what it counts; None: nothing waited for it. refused: of heads on a GPU, 0-d bool."""
+        """The step of an exact head: what it counts; None: nothing waited for it.
+
+        Args:
+            refused: 0-d bool, of heads on a GPU.
+        """
         raise Error(f"{type(self).__name__} has no exact step")
 
     def _check_step(self, group: dict[str, Any], head: Head) -> None:
