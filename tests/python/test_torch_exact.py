@@ -14,7 +14,7 @@ import torch.nn.functional as F  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from widehead import Labels  # noqa: E402
-from widehead.torch import ExactHead, FusedRMSprop, FusedSGD, _device, clip_grad_norm_  # noqa: E402
+from widehead.torch import ExactHead, FusedRMSprop, FusedSGD, clip_grad_norm_  # noqa: E402
 
 only_cpu = pytest.mark.parametrize("device", ["cpu"], indirect=True)
 

@@ -16,7 +16,8 @@ from widehead import _core
 from widehead._core import BackendError, Error, ShapeError
 from widehead.options import ExactOptions
 
-from ._device import NUMBERS, aligned, capsule, capturing, faults_of, gpu_of
+from . import _device
+from ._device import NUMBERS, aligned, capsule, faults_of, gpu_of
 from ._exact_goal import Goal
 from ._exact_host import HALVES
 from ._glue import rows, scale_on
@@ -66,7 +67,7 @@ class DeviceCore:
                 f"method: expected 'blocked' on {weight.device}, got {options.method!r}, for the CPU only"
             )
         self._weight, self.device = weight, weight.device
-        if capturing(self.device):
+        if _device.capturing(self.device):
             raise BackendError(
                 "the weights, velocities or options of an exact head are new to it inside the capture of a CUDA graph; "
                 "run one step before it"
@@ -160,7 +161,7 @@ class DeviceCore:
 
     def _append(self, batch: DeviceBatch, pieces: list[Tensor]) -> None:
         self._joined = None
-        batch.captured = capturing(self.device)
+        batch.captured = _device.capturing(self.device)
         if batch.pieces is None:
             batch.pieces, batch.loaded = pieces, True
             self._waiting.append(batch)
@@ -216,7 +217,7 @@ class DeviceCore:
         refused: Tensor | None = None,
     ) -> Tensor:
         """Takes the step, unless `refused` (0-d bool) or what waits refuses it: 0-d int64, whether it counts."""
-        if not capturing(self.device) and any(batch.captured for batch in self._waiting):
+        if not _device.capturing(self.device) and any(batch.captured for batch in self._waiting):
             raise Error(
                 "step: the backward pass of this gradient was captured in a CUDA graph, whose replays leave nothing to "
                 "an optimiser outside of it: capture its step() too"

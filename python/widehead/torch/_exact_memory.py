@@ -15,7 +15,8 @@ from torch import Tensor
 from widehead._core import Error
 from widehead.options import ExactOptions
 
-from ._device import capturing, on_gpu
+from . import _device
+from ._device import on_gpu
 from ._exact_device import DeviceCore
 from ._exact_host import HostCore
 
@@ -144,7 +145,7 @@ class ExactMemory:
         return taken
 
     def _watch(self) -> None:
-        self._replayable = self._replayable or capturing(self._parameters[0].device)
+        self._replayable = self._replayable or _device.capturing(self._parameters[0].device)
 
     def _holds_weights(self) -> bool:
         if not self._replayable or not isinstance(self.core, DeviceCore):
