@@ -217,7 +217,13 @@ def test_batches_of_different_forms_add_up() -> None:
     assert_same_layer(pair.head, pair.linear)
 
 
-BAD: dict[str, type[Exception]] = {"gradient": NonFiniteError, "hidden": NonFiniteError, "class": LabelError}
+BAD: dict[str, type[Exception]] = {
+    "gradient": NonFiniteError,
+    "hidden": NonFiniteError,
+    "class": LabelError,
+    "value": LabelError,
+    "pointer": LabelError,
+}
 
 
 @pytest.mark.parametrize("several", [False, True])
@@ -231,11 +237,16 @@ def test_a_bad_batch_refuses_the_step(kind: Any, what: str, several: bool) -> No
     for _ in range(3):
         train_on(head, optimizer, hidden, target)
     before = bits(head, optimizer)
-    bad, wrong = hidden.clone(), target.clone()
+    bad = hidden.clone()
+    wrong: Any = target.clone()
     if what == "hidden":
         bad[2, 1] = torch.inf
     if what == "class":
         wrong[2] = D
+    if what in ("value", "pointer"):
+        indptr = torch.tensor([0, 1, 3, 2, 4, 5] if what == "pointer" else [0, 1, 2, 3, 4, 5])
+        values = torch.tensor([1.0, 1.0, torch.inf if what == "value" else 1.0, 1.0, 1.0])
+        wrong = Labels(indptr, torch.arange(5), values, D)
     if several:
         head(hidden, target).loss.backward()
     bad.requires_grad_()
