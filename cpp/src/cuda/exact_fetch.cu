@@ -128,11 +128,11 @@ struct HiddenSquares {
   View head;
   BatchView<Factor> batch;
 
-  __device__ Extent extent(int) const { return {batch.examples, head.width, head.features}; }
-  __device__ bool skips(i64, i64) const { return false; }
-  __device__ Factor a(int, i64 i, i64 k) const { return batch.hidden[i * head.features + k]; }
-  __device__ Factor b(int, i64 k, i64 j) const { return static_cast<Factor>(head.squares[k * head.width + j]); }
-  __device__ void store(int, i64 i, i64 j, Factor x) const { batch.hidden_squares[i * head.width + j] = x; }
+  __device__ Extent extent(int) const { return extent_of(batch.examples, head.width, head.features); }
+  __device__ bool skips(int, int) const { return false; }
+  __device__ Factor a(int, int i, int k) const { return batch.hidden[element(i, head.features, k)]; }
+  __device__ Factor b(int, int k, int j) const { return static_cast<Factor>(head.squares[element(k, head.width, j)]); }
+  __device__ void store(int, int i, int j, Factor x) const { batch.hidden_squares[element(i, head.width, j)] = x; }
 };
 
 // A of each target, a warp each; then q and s of each example.
@@ -243,8 +243,7 @@ void forward_as(const ExactForward& args) {
   const Device& device = args.head.device;
   const View head = view_of<Row, Factor>(args.head);
   const auto batch = batch_of<Factor>(args, args.hidden.rows, targets_of(args.target));
-  fill(device, batch.header, 0, sizeof(BatchHeader));
-  fill(device, batch.places, 0, sizeof(PlaceTable));
+  fill(device, batch.header, 0, reinterpret_cast<char*>(batch.places + 1) - reinterpret_cast<char*>(batch.header));
   if (batch.examples == 0) return;
   fill(device, batch.example, 0xFF, batch.targets * static_cast<i64>(sizeof(int)));
   fill(device, args.A, 0xFF, batch.targets * static_cast<i64>(sizeof(double)));  // NaN

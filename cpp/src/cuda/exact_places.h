@@ -1,7 +1,7 @@
 // exact_places.h -- rows grouped by their place in the log, and multiplied by the matrices from there to now
 //
-// Rows are listed by place in any order, since no row's result depends on its neighbours; a tile is a few rows of one place,
-// which pass through all their matrices in shared memory.
+// Rows are listed by place in any order, since no row's result depends on its neighbours; a tile is a few rows of one
+// place, which pass through all their matrices in shared memory.
 #pragma once
 #include "cuda/exact_state.h"
 #include "cuda/intrinsics.h"
@@ -10,7 +10,8 @@ namespace widehead::cuda {
 
 constexpr int kListThreads = static_cast<int>(kChunk);
 
-// A Source says: due(); items(); skips(chunk) of 256 items; place(i), -1 for none; put(i, n): item i is n-th of the list.
+// A Source says: due(); items(); skips(chunk) of 256 items; place(i), -1 for none; put(i, n): item i is n-th of the
+// list.
 template <class Source>
 __global__ void __launch_bounds__(kListThreads) count_places(Source source, PlaceTable* table) {
   __shared__ unsigned counts[kPlaces];
@@ -108,16 +109,19 @@ __device__ inline RowTile tile_of(const PlaceTable& table, i64 tile, int rows) {
   return {first, n, low == 0 ? -1 : (low - 1) / kRadix, low == 0 ? 0 : (low - 1) % kRadix};
 }
 
-constexpr int kSlices = 4;   // of the depth of a product
-constexpr int kColumns = 4;  // of a thread
+constexpr int kSlices = 4;  // of the depth of a product
+template <class Factor>
+constexpr int kColumnsOf = 16 / static_cast<int>(sizeof(Factor));  // of a thread
 constexpr int kMostLanes = 128;
 constexpr int kTileRows = 8;
 
-// A Job says: due(); time(); head (an ExactView); tiles(rows), of so many; tile(number, rows); load(tile, r, k); store(tile, r, k, x);
-// done(tile, r); unit(tile), whether row r is a row of I, number own(tile, r), plus what load gives.
+// A Job says: due(); time(); head (an ExactView); tiles(rows), of so many; tile(number, rows); load(tile, r, k);
+// store(tile, r, k, x); done(tile, r); unit(tile), whether row r is a row of I, number own(tile, r), plus what load
+// gives.
 template <class Job, int kRows>
-__global__ void __launch_bounds__(kSlices* kMostLanes) advance_rows(Job job) {
+__global__ void __launch_bounds__(kSlices* kMostLanes, 1) advance_rows(Job job) {
   using Factor = typename Job::Factor;
+  constexpr int kColumns = kColumnsOf<Factor>;
   if (!job.due()) return;
   const LogTime time = job.time();
   const i64 width = job.head.width;
@@ -205,7 +209,7 @@ void launch_advance(const Device& device, const Job& job, i64 tiles) {
   using Factor = typename Job::Factor;
   const i64 width = job.head.width;
   const int rows = tile_rows(device, width, sizeof(Factor));
-  const auto lanes = static_cast<unsigned>(at_most(kMostLanes, round_up(ceil_div(width, kColumns), 32)));
+  const auto lanes = static_cast<unsigned>(at_most(kMostLanes, round_up(ceil_div(width, kColumnsOf<Factor>), 32)));
   const unsigned blocks = blocks_for(tiles, 1, 4 * hardware(device.index).processors);
   const auto bytes = static_cast<std::size_t>(2 * rows * width) * sizeof(Factor);
   if (rows == 1) return launch(device, blocks, kSlices * lanes, bytes, advance_rows<Job, 1>, job);
