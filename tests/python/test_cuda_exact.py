@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -117,6 +120,31 @@ def test_options(loss: str, device: str) -> None:
                 batch = draw(rng, shape)
                 pair.train(batch, loss, stable_lr(batch, 0.05), **options)
             pair.check()
+
+
+def train_wide(shape: tuple[int, int, int, int], steps: int) -> None:
+    rng = np.random.default_rng(18)
+    pair = Pair(first_weight(rng, shape), momentum=True)
+    for _ in range(steps):
+        batch = draw(rng, shape)
+        pair.train(batch, "taylor_softmax", stable_lr(batch, 0.1), momentum=0.5)
+    pair.check()
+
+
+def test_many_features(device: str) -> None:
+    """More columns than the threads of a tile of rows take at once."""
+    train_wide((30, 140, 3, 2), 9)
+
+
+def test_little_shared_memory(device: str) -> None:
+    """Rows that pass through the log one by one, and rows that do not fit at all."""
+    if not _core.cuda_emulated:
+        pytest.skip("the size of shared memory is the card's")
+    environment = {**os.environ, "WIDEHEAD_EMULATED_SHARED": "1024", "PYTHONPATH": os.pathsep.join(sys.path)}
+    for features, message in ((5, ""), (20, ""), (33, "in_features: expected at most 64 columns of weight and vel")):
+        script = f"from test_cuda_exact import train_wide; train_wide((40, {features}, 4, 2), 18)"
+        done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+        assert (done.returncode == 0) == (message == "") and message in done.stderr, done.stderr
 
 
 def test_single_labels_all_of_one_class(device: str) -> None:

@@ -129,7 +129,10 @@ void init_as(const ExactDevice& args) {
 
 i64 exact_state_bytes(const ExactDevice& head) {
   Scratch memory;
-  by_exact_types(head, [&](auto row, auto factor) { ExactView<decltype(row), decltype(factor)>(head, memory); });
+  by_exact_types(head, [&](auto row, auto factor) {
+    const ExactView<decltype(row), decltype(factor)> view(head, memory);
+    tile_rows(head.device, view.width, sizeof factor);  // throws where there are too many columns
+  });
   return memory.used();
 }
 

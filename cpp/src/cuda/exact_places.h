@@ -113,7 +113,6 @@ constexpr int kSlices = 4;  // of the depth of a product
 template <class Factor>
 constexpr int kColumnsOf = 16 / static_cast<int>(sizeof(Factor));  // of a thread
 constexpr int kMostLanes = 128;
-constexpr int kTileRows = 8;
 
 // A Job says: due(); time(); head (an ExactView); tiles(rows), of so many; tile(number, rows); load(tile, r, k);
 // store(tile, r, k, x); done(tile, r); unit(tile), whether row r is a row of I, number own(tile, r), plus what load
@@ -192,15 +191,6 @@ __global__ void __launch_bounds__(kSlices* kMostLanes, 1) advance_rows(Job job) 
     }
     if (thread < tile.rows) job.done(tile, thread);
   }
-}
-
-// Rows of a tile: as many as shared memory holds twice.
-inline int tile_rows(const Device& device, i64 width, i64 size) {
-  const i64 room = hardware(device.index).shared_bytes;
-  if (2 * kTileRows * width * size <= room) return kTileRows;
-  if (2 * width * size <= room) return 1;
-  throw CapacityError("in_features: expected at most " + std::to_string(room / (2 * size)) +
-                      " columns of weight and velocity on this GPU, got " + std::to_string(width));
 }
 
 // `tiles`: about how many there may be.

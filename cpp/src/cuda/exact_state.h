@@ -155,6 +155,16 @@ struct BatchView {
   __device__ i64 distinct() const { return places->starts[kPlaces]; }
 };
 
+constexpr int kTileRows = 8;
+// Rows that a block takes through the log: as many as shared memory holds twice.
+inline int tile_rows(const Device& device, i64 width, i64 size) {
+  const i64 room = hardware(device.index).shared_bytes;
+  if (2 * kTileRows * width * size <= room) return kTileRows;
+  if (2 * width * size <= room) return 1;
+  throw CapacityError("in_features: expected at most " + std::to_string(room / (2 * size)) +
+                      " columns of weight and velocity on this GPU, got " + std::to_string(width));
+}
+
 inline Scratch memory_of(void* at, i64 bytes) {
   Device device;
   device.scratch = at;
