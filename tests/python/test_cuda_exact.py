@@ -214,7 +214,7 @@ def test_long_log(momentum: float, device: str) -> None:
     pair.check()
 
 
-@pytest.mark.parametrize("classes", [1, 255, 256, 257, 1000])
+@pytest.mark.parametrize("classes", [1, 255, 256, 257, 1000, 20_000])
 def test_any_number_of_classes(classes: int, device: str) -> None:
     """A chunk of classes is searched for old labels as a whole."""
     rng = np.random.default_rng(classes)
@@ -499,6 +499,15 @@ def test_types_of_hidden(dtype: str, device: str) -> None:
         core.step(kept, 0.05)
         results.append([core.bytes(), *(x.tobytes() for x in statistics)])
     assert results[0] == results[1]
+
+
+def test_hidden_beyond_float32(device: str) -> None:
+    """Finite as the caller has it, infinite where products are of float32."""
+    core = GpuCore(first_weight(np.random.default_rng(19), (20, 5), np.float32))
+    batch = Batch(np.full((2, 5), 1e39), None, np.array([1, 2]))
+    with pytest.raises(_core.NonFiniteError, match=r"hidden: .* row [01]"):
+        core.forward(batch)
+    GpuCore(first_weight(np.random.default_rng(19), (20, 5), np.float32), wide=True).forward(batch)
 
 
 def test_empty_batches(device: str) -> None:

@@ -43,7 +43,8 @@ struct ExactForward {
 void exact_forward(const ExactForward& args);
 std::int64_t scratch_bytes(const ExactForward& args);
 
-// Takes the derivatives by A [nnz], q [B] and s [B] into the batch, in the place of those of an earlier call.
+// Takes the derivatives by A [nnz], q [B] and s [B] into the batch, in the place of those of an earlier call. Once a batch
+// was refused, it stays so.
 struct ExactBackward {
   ExactDevice head = {};
   void* batch = nullptr;

@@ -36,13 +36,13 @@ __device__ inline void put_number(const AnyMatrix& m, i64 i, i64 k, Real x) {
 // The first target of each class; in the list its row's number takes the target's place in `slots`.
 template <class View>
 struct DistinctTargets {
+  static constexpr bool kSkips = false;
   View head;
   BatchView<typename View::Factor> batch;
   const i64* target_ids;
 
   __device__ bool due() const { return true; }
   __device__ i64 items() const { return batch.targets; }
-  __device__ bool skips(i64) const { return false; }
   __device__ int place(i64 t) const {
     if (batch.example[t] < 0 || head.slots[target_ids[t]] != t) return -1;
     return LogTime::of(head.header->steps).place(head.labels[target_ids[t]]);
@@ -55,6 +55,7 @@ struct DistinctTargets {
 
 template <class View>
 struct AnyRows {
+  static constexpr bool kSkips = false;
   View head;
   const i64* wanted;
   i64 n;
@@ -65,7 +66,6 @@ struct AnyRows {
 
   __device__ bool due() const { return true; }
   __device__ i64 items() const { return n; }
-  __device__ bool skips(i64) const { return false; }
   __device__ int place(i64 i) const {
     const i64 id = wanted[i];
     if (id >= 0 && id < head.classes) return LogTime::of(head.header->steps).place(head.labels[id]);
@@ -253,9 +253,10 @@ void forward_as(const ExactForward& args) {
   Labels target = args.target;
   target.values = nullptr;
   prepare_targets(device, target, none, report, batch.of_example);
-  check_finite(device, args.hidden, Argument::hidden, report);
   launch(device, blocks_for(batch.examples * head.features, 4 * kThreads), kThreads, 0, convert_rows<Factor>,
          args.hidden, batch.examples, batch.hidden, head.features);
+  // As products take it: a large number of float64 may be infinite there.
+  check_finite(device, matrix(batch.hidden, batch.examples, head.features), Argument::hidden, report);
   if (batch.targets > 0) {
     launch(device, blocks_for(batch.examples, kThreads / 32), kThreads, 0, claim_classes, batch.of_example,
            batch.examples, args.target.indices, batch.example, head.slots);

@@ -58,6 +58,7 @@ __global__ void __launch_bounds__(kThreads)
 // Classes whose label lies within the interval that goes up, not at its start.
 template <class View>
 struct LeftBehind {
+  static constexpr bool kSkips = true;
   View head;
   const StepPlan* plan;
 
@@ -130,11 +131,11 @@ struct MergeIntervals {
 
 template <class View>
 struct AllRows {
+  static constexpr bool kSkips = false;
   View head;
 
   __device__ bool due() const { return head.header->steps > 0; }
   __device__ i64 items() const { return head.classes; }
-  __device__ bool skips(i64) const { return false; }
   __device__ int place(i64 id) const { return LogTime::of(head.header->steps).place(head.labels[id]); }
   __device__ void put(i64 id, i64 n) const { head.list[n] = static_cast<std::uint32_t>(id); }
 };

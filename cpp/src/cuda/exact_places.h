@@ -10,8 +10,32 @@ namespace widehead::cuda {
 
 constexpr int kListThreads = static_cast<int>(kChunk);
 
-// A Source says: due(); items(); skips(chunk) of 256 items; place(i), -1 for none; put(i, n): item i is n-th of the
-// list.
+// A Source says: due(); items(); place(i), -1 for none; put(i, n): item i is n-th of the list; and, where kSkips,
+// skips(chunk) of kChunk items.
+//
+// body(chunk) of those that are not skipped, by whole blocks. Few of many are left where there are many millions of
+// classes, so a block looks at a number of them at once.
+template <class Source, class Body>
+__device__ inline void for_chunks(const Source& source, const Body& body) {
+  __shared__ int found[kListThreads], count;
+  const i64 chunks = ceil_div(source.items(), kChunk);
+  if constexpr (!Source::kSkips) {
+    for (i64 chunk = blockIdx.x; chunk < chunks; chunk += gridDim.x) body(chunk);
+  } else {
+    const i64 span = at_most(kListThreads, ceil_div(chunks, gridDim.x));
+    for (i64 first = blockIdx.x * span; first < chunks; first += gridDim.x * span) {
+      __syncthreads();  // the last count has been read
+      if (threadIdx.x == 0) count = 0;
+      __syncthreads();
+      const i64 mine = first + threadIdx.x;
+      if (threadIdx.x < span && mine < chunks && !source.skips(mine))
+        found[atomicAdd(&count, 1)] = static_cast<int>(threadIdx.x);
+      __syncthreads();
+      for (int n = 0; n < count; ++n) body(first + found[n]);
+    }
+  }
+}
+
 template <class Source>
 __global__ void __launch_bounds__(kListThreads) count_places(Source source, PlaceTable* table) {
   __shared__ unsigned counts[kPlaces];
@@ -20,12 +44,11 @@ __global__ void __launch_bounds__(kListThreads) count_places(Source source, Plac
   if (thread < kPlaces) counts[thread] = 0;
   __syncthreads();
   const i64 n = source.items();
-  for (i64 chunk = blockIdx.x; chunk * kChunk < n; chunk += gridDim.x) {
-    if (source.skips(chunk)) continue;
+  for_chunks(source, [&](i64 chunk) {
     const i64 i = chunk * kChunk + thread;
     const int place = i < n ? source.place(i) : -1;
     if (place >= 0) atomicAdd(counts + place, 1u);
-  }
+  });
   __syncthreads();
   if (thread < kPlaces && counts[thread] > 0)
     atomicAdd(table->counts + thread, static_cast<unsigned long long>(counts[thread]));
@@ -58,8 +81,7 @@ __global__ void __launch_bounds__(kListThreads) list_places(Source source, Place
   if (!source.due()) return;
   const int thread = static_cast<int>(threadIdx.x);
   const i64 n = source.items();
-  for (i64 chunk = blockIdx.x; chunk * kChunk < n; chunk += gridDim.x) {
-    if (source.skips(chunk)) continue;
+  for_chunks(source, [&](i64 chunk) {
     __syncthreads();  // the last chunk's starts have been read
     if (thread < kPlaces) counts[thread] = 0;
     __syncthreads();
@@ -71,7 +93,7 @@ __global__ void __launch_bounds__(kListThreads) list_places(Source source, Place
       starts[thread] = atomicAdd(table->next + thread, static_cast<unsigned long long>(counts[thread]));
     __syncthreads();
     if (place >= 0) source.put(i, static_cast<i64>(starts[place]) + rank);
-  }
+  });
 }
 
 // Lists what a source has; the table is empty before.
