@@ -556,7 +556,6 @@ def test_shapes_are_refused_at_once(device: str) -> None:
     forward |= {"hidden": np.zeros((1, 5)), "A": np.zeros(1), "q": np.zeros(1), "s": np.zeros(1)}
     for function, error, match, arguments in (
         (_core.exact_init, _core.ShapeError, "state: expected at least", {"weight": weight, "state": memory(256)}),
-        (_core.exact_init, _core.ShapeError, "state: .* aligned", {"weight": weight, "state": memory(size + 256)[1:]}),
         (_core.exact_init, _core.ShapeError, "velocity: expected shape", {**head, "velocity": np.zeros((40, 4))}),
         (_core.exact_init, _core.DtypeError, "velocity: ", {**head, "velocity": np.zeros((40, 5), np.float32)}),
         (_core.exact_init, _core.DtypeError, "weight: ", {**head, "weight": np.zeros((40, 5), np.float16)}),
@@ -570,5 +569,8 @@ def test_shapes_are_refused_at_once(device: str) -> None:
     ):
         with pytest.raises(error, match=match):
             call(function, device, **arguments)
+    if _core.cuda_emulated:  # a GPU gets a copy, which begins elsewhere
+        with pytest.raises(_core.ShapeError, match=r"state: .* aligned to 256 bytes"):
+            call(_core.exact_init, device, weight=weight, state=memory(size + 256)[1:])
     with pytest.raises(_core.BackendError, match="device: expected a GPU"):
         _core.exact_init(**head)

@@ -4,7 +4,6 @@
 #include "cuda/backend.h"
 #include "cuda/convert.h"
 #include "cuda/exact_places.h"
-#include "cuda/exact_product.h"
 
 namespace widehead::cuda {
 namespace {

@@ -3,6 +3,7 @@
 // Rows are listed by place in any order, since no row's result depends on its neighbours; a tile is a few rows of one
 // place, which pass through all their matrices in shared memory.
 #pragma once
+#include "cuda/exact_product.h"
 #include "cuda/exact_state.h"
 #include "cuda/intrinsics.h"
 
@@ -136,6 +137,22 @@ template <class Factor>
 constexpr int kColumnsOf = 16 / static_cast<int>(sizeof(Factor));  // of a thread
 constexpr int kMostLanes = 128;
 
+// x [kRows] from shared memory, four at a time where there are so many.
+template <class Factor, int kRows>
+__device__ inline void load_shared(const Factor* from, Factor (&x)[kRows]) {
+  if constexpr (kRows % 4 == 0) {
+#pragma unroll
+    for (int r = 0; r < kRows; r += 4) {
+      const auto four = *reinterpret_cast<const FourOf<Factor>*>(from + r);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) x[r + i] = four.x[i];
+    }
+  } else {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) x[r] = from[r];
+  }
+}
+
 // A Job says: due(); time(); head (an ExactView); tiles(rows), of so many; tile(number, rows); load(tile, r, k);
 // store(tile, r, k, x); done(tile, r); unit(tile), whether row r is a row of I, number own(tile, r), plus what load
 // gives.
@@ -178,8 +195,7 @@ __global__ void __launch_bounds__(kSlices* kMostLanes, 1) advance_rows(Job job) 
             const i64 c = c0 + lane + j * lanes;
             m[j] = c < width ? matrix[k * width + c] : Factor{0};
           }
-#pragma unroll
-          for (int r = 0; r < kRows; ++r) x[r] = from[k * kRows + r];
+          load_shared(from + k * kRows, x);
 #pragma unroll
           for (int j = 0; j < kColumns; ++j)
 #pragma unroll
