@@ -1,9 +1,9 @@
 // exact_device.h -- the exact head's blocked method on a GPU: functions over memory of the caller's
 //
-// See exact.h for what it computes. Here a block is one step, and everything that a step depends on, the number of steps too,
-// lies in `state`: calls only enqueue work, all steps enqueue the same, and a graph that captured a step can be replayed.
-// Shapes and data types are refused at once; bad values are recorded in device.faults, and no step with them changes
-// anything. Results are the same bits every time.
+// See exact.h for what it computes. Here a block is one step, and everything that a step depends on, the number of
+// steps too, lies in `state`: calls only enqueue work, all steps enqueue the same, and a graph that captured a step can
+// be replayed. Shapes and data types are refused at once; bad values are recorded in device.faults, and no step with
+// them changes anything. Results are the same bits every time. Calls for one state go to one stream.
 #pragma once
 #include <cstdint>
 #include <limits>
@@ -45,7 +45,8 @@ struct ExactForward {
 void exact_forward(const ExactForward& args);
 std::int64_t scratch_bytes(const ExactForward& args);
 
-// Takes the derivatives by A [nnz], q [B] and s [B] into the batch, in the place of those of an earlier call.
+// Takes the derivatives by A [nnz], q [B] and s [B] into the batch, in the place of those of an earlier call. Once a batch
+// was refused, it stays so.
 struct ExactBackward {
   ExactDevice head = {};
   void* batch = nullptr;
@@ -70,8 +71,8 @@ struct ExactGradient {
 void exact_gradient(const ExactGradient& args);
 std::int64_t scratch_bytes(const ExactGradient& args);
 
-// One SGD step by the batch's gradient. Nothing changes if the batch or its gradient was refused, if device.refused is set,
-// or if the weights have taken a step since the batch's forward pass; nor with lr 0 and no velocities.
+// One SGD step by the batch's gradient. Nothing changes if the batch or its gradient was refused, if device.refused is
+// set, or if the weights have taken a step since the batch's forward pass; nor with lr 0 and no velocities.
 struct ExactDeviceStep {
   ExactDevice head = {};
   void* batch = nullptr;
@@ -103,8 +104,8 @@ std::int64_t exact_consolidate_scratch(const ExactDevice& head);
 
 // W'W [width, width] and W'1 [width] as the state has them, width d, or 2 d with velocities; either may be null.
 void exact_gram(const ExactDevice& head, double* squares, double* sums);
-// Numbers as double: steps since the rows were W, steps since exact_init, matrices of the log, rows fetched by steps, rows that the log
-// has multiplied, |W|^2.
+// Numbers as double: steps since the rows were W, steps since exact_init, matrices of the log, rows fetched by steps,
+// rows that the log has multiplied, |W|^2.
 constexpr std::int64_t kExactDiagnostics = 6;
 void exact_diagnostics(const ExactDevice& head, double* numbers);
 

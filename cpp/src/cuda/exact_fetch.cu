@@ -2,7 +2,6 @@
 #include "cuda/backend.h"
 #include "cuda/convert.h"
 #include "cuda/exact_places.h"
-#include "cuda/exact_product.h"
 
 namespace widehead::cuda {
 namespace {
@@ -34,13 +33,13 @@ __device__ inline void put_number(const AnyMatrix& m, i64 i, i64 k, Real x) {
 // The first target of each class; in the list its row's number takes the target's place in `slots`.
 template <class View>
 struct DistinctTargets {
+  static constexpr bool kSkips = false;
   View head;
   BatchView<typename View::Factor> batch;
   const i64* target_ids;
 
   __device__ bool due() const { return true; }
   __device__ i64 items() const { return batch.targets; }
-  __device__ bool skips(i64) const { return false; }
   __device__ int place(i64 t) const {
     if (batch.example[t] < 0 || head.slots[target_ids[t]] != t) return -1;
     return LogTime::of(head.header->steps).place(head.labels[target_ids[t]]);
@@ -53,6 +52,7 @@ struct DistinctTargets {
 
 template <class View>
 struct AnyRows {
+  static constexpr bool kSkips = false;
   View head;
   const i64* wanted;
   i64 n;
@@ -63,7 +63,6 @@ struct AnyRows {
 
   __device__ bool due() const { return true; }
   __device__ i64 items() const { return n; }
-  __device__ bool skips(i64) const { return false; }
   __device__ int place(i64 i) const {
     const i64 id = wanted[i];
     if (id >= 0 && id < head.classes) return LogTime::of(head.header->steps).place(head.labels[id]);
@@ -126,11 +125,11 @@ struct HiddenSquares {
   View head;
   BatchView<Factor> batch;
 
-  __device__ Extent extent(int) const { return {batch.examples, head.width, head.features}; }
-  __device__ bool skips(i64, i64) const { return false; }
-  __device__ Factor a(int, i64 i, i64 k) const { return batch.hidden[i * head.features + k]; }
-  __device__ Factor b(int, i64 k, i64 j) const { return static_cast<Factor>(head.squares[k * head.width + j]); }
-  __device__ void store(int, i64 i, i64 j, Factor x) const { batch.hidden_squares[i * head.width + j] = x; }
+  __device__ Extent extent(int) const { return extent_of(batch.examples, head.width, head.features); }
+  __device__ bool skips(int, int) const { return false; }
+  __device__ Factor a(int, int i, int k) const { return batch.hidden[element(i, head.features, k)]; }
+  __device__ Factor b(int, int k, int j) const { return static_cast<Factor>(head.squares[element(k, head.width, j)]); }
+  __device__ void store(int, int i, int j, Factor x) const { batch.hidden_squares[element(i, head.width, j)] = x; }
 };
 
 // A of each target, a warp each; then q and s of each example.
@@ -241,8 +240,7 @@ void forward_as(const ExactForward& args) {
   const Device& device = args.head.device;
   const View head = view_of<Row, Factor>(args.head);
   const auto batch = batch_of<Factor>(args, args.hidden.rows, targets_of(args.target));
-  fill(device, batch.header, 0, sizeof(BatchHeader));
-  fill(device, batch.places, 0, sizeof(PlaceTable));
+  fill(device, batch.header, 0, reinterpret_cast<char*>(batch.places + 1) - reinterpret_cast<char*>(batch.header));
   if (batch.examples == 0) return;
   fill(device, batch.example, 0xFF, batch.targets * static_cast<i64>(sizeof(int)));
   fill(device, args.A, 0xFF, batch.targets * static_cast<i64>(sizeof(double)));  // NaN
@@ -252,9 +250,10 @@ void forward_as(const ExactForward& args) {
   Labels target = args.target;
   target.values = nullptr;
   prepare_targets(device, target, none, report, batch.of_example);
-  check_finite(device, args.hidden, Argument::hidden, report);
   launch(device, blocks_for(batch.examples * head.features, 4 * kThreads), kThreads, 0, convert_rows<Factor>,
          args.hidden, batch.examples, batch.hidden, head.features);
+  // As products take it: a large number of float64 may be infinite there.
+  check_finite(device, matrix(batch.hidden, batch.examples, head.features), Argument::hidden, report);
   if (batch.targets > 0) {
     launch(device, blocks_for(batch.examples, kThreads / 32), kThreads, 0, claim_classes, batch.of_example,
            batch.examples, args.target.indices, batch.example, head.slots);

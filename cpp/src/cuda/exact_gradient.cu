@@ -60,12 +60,15 @@ struct ByOutput {
   BatchView<Factor> batch;
   GradientScratch<Factor> s;
 
-  __device__ Extent extent(int) const { return {s.plan->go ? batch.distinct() : 0, batch.examples, head.features}; }
-  __device__ bool skips(i64, i64) const { return false; }
-  __device__ Factor a(int, i64 u, i64 k) const { return batch.rows[u * head.width + k]; }
-  __device__ Factor b(int, i64 k, i64 j) const { return batch.hidden[j * head.features + k]; }
-  __device__ void store(int, i64 u, i64 j, Factor x) const {
-    s.by_output[u * batch.examples + j] = static_cast<Factor>(2 * s.grad_q[j]) * x + static_cast<Factor>(s.grad_s[j]);
+  __device__ Extent extent(int) const {
+    return extent_of(s.plan->go ? batch.distinct() : 0, batch.examples, head.features);
+  }
+  __device__ bool skips(int, int) const { return false; }
+  __device__ Factor a(int, int u, int k) const { return batch.rows[element(u, head.width, k)]; }
+  __device__ Factor b(int, int k, int j) const { return batch.hidden[element(j, head.features, k)]; }
+  __device__ void store(int, int u, int j, Factor x) const {
+    s.by_output[element(u, batch.examples, j)] =
+        static_cast<Factor>(2 * s.grad_q[j]) * x + static_cast<Factor>(s.grad_s[j]);
   }
 };
 
@@ -75,7 +78,7 @@ __global__ void __launch_bounds__(kThreads) add_sparse(BatchView<Factor> batch, 
   if (!s.plan->go) return;
   for (i64 t = thread_in_grid(); t < batch.targets; t += grid_threads()) {
     const int i = batch.example[t];
-    if (i >= 0) s.by_output[static_cast<i64>(batch.row[t]) * batch.examples + i] += static_cast<Factor>(s.grad_A[t]);
+    if (i >= 0) s.by_output[element(batch.row[t], batch.examples, i)] += static_cast<Factor>(s.grad_A[t]);
   }
 }
 
@@ -88,16 +91,18 @@ struct Products {
   BatchView<Factor> batch;
   GradientScratch<Factor> s;
 
-  __device__ Extent extent(int) const { return {s.plan->go ? batch.examples : 0, batch.examples, head.features}; }
-  __device__ bool skips(i64, i64) const { return false; }
-  __device__ Factor a(int, i64 j, i64 k) const { return batch.hidden[j * head.features + k]; }
-  __device__ Factor b(int, i64 k, i64 i) const { return batch.by_rows[i * head.width + k]; }
-  __device__ void store(int, i64 j, i64 i, Factor x) const {
+  __device__ Extent extent(int) const {
+    return extent_of(s.plan->go ? batch.examples : 0, batch.examples, head.features);
+  }
+  __device__ bool skips(int, int) const { return false; }
+  __device__ Factor a(int, int j, int k) const { return batch.hidden[element(j, head.features, k)]; }
+  __device__ Factor b(int, int k, int i) const { return batch.by_rows[element(i, head.width, k)]; }
+  __device__ void store(int, int j, int i, Factor x) const {
     double sum = 2 * s.grad_q[j] * s.plan->scale * static_cast<double>(x) + s.grad_s[j] * s.ones[i];
     const RowTargets row = batch.of_example[j];
     for (i64 t = row.begin; t < row.end; ++t)
-      sum += s.grad_A[t] * static_cast<double>(s.by_output[static_cast<i64>(batch.row[t]) * batch.examples + i]);
-    s.products[j * batch.examples + i] = static_cast<Factor>(sum);
+      sum += s.grad_A[t] * static_cast<double>(s.by_output[element(batch.row[t], batch.examples, i)]);
+    s.products[element(j, batch.examples, i)] = static_cast<Factor>(sum);
   }
 };
 
@@ -111,13 +116,13 @@ struct ProductsByHidden {
   const Factor* products;
   Factor* out;
 
-  __device__ Extent extent(int) const { return {batch.examples, head.features, batch.examples}; }
-  __device__ bool skips(i64, i64) const { return false; }
-  __device__ Factor a(int, i64 i, i64 k) const {
-    return Factor(0.5) * (products[i * batch.examples + k] + products[k * batch.examples + i]);
+  __device__ Extent extent(int) const { return extent_of(batch.examples, head.features, batch.examples); }
+  __device__ bool skips(int, int) const { return false; }
+  __device__ Factor a(int, int i, int k) const {
+    return Factor(0.5) * (products[element(i, batch.examples, k)] + products[element(k, batch.examples, i)]);
   }
-  __device__ Factor b(int, i64 k, i64 j) const { return batch.hidden[k * head.features + j]; }
-  __device__ void store(int, i64 i, i64 j, Factor x) const { out[i * head.features + j] = x; }
+  __device__ Factor b(int, int k, int j) const { return batch.hidden[element(k, head.features, j)]; }
+  __device__ void store(int, int i, int j, Factor x) const { out[element(i, head.features, j)] = x; }
 };
 
 // diag(H'S'S H): 32 columns a block.

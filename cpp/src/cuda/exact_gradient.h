@@ -1,4 +1,4 @@
-// exact_gradient.h -- the gradient of a batch by the outputs at its targets' rows, and the products of it that a step needs
+// exact_gradient.h -- the gradient of a batch by the outputs of its targets, and what a step needs of it
 #pragma once
 #include "cuda/exact_state.h"
 
@@ -25,7 +25,8 @@ struct GradientScratch {
   }
 };
 
-// Of exact_gradient.cu. Fills all but the plan; `directions`: also B [m, width] of the step, with factors of its columns or null.
+// Of exact_gradient.cu. Fills all but the plan; `directions`: also B [m, width] of the step, with factors of its
+// columns or null.
 template <class Row, class Factor>
 void gradient_products(const Device& device, const ExactView<Row, Factor>& head, const BatchView<Factor>& batch,
                        const GradientScratch<Factor>& s, Factor* directions, const double* column_scale);

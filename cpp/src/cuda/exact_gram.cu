@@ -48,12 +48,12 @@ struct SumSquares {
   Parts parts;
 
   __device__ Extent extent(int z) const {
-    return {head.width, head.width, at_most(parts.rows, head.classes - z * parts.rows)};
+    return extent_of(head.width, head.width, at_most(parts.rows, head.classes - z * parts.rows));
   }
-  __device__ bool skips(i64 row, i64 column) const { return column > row; }
-  __device__ double a(int z, i64 i, i64 k) const { return static_cast<double>(head.stored(z * parts.rows + k, i)); }
-  __device__ double b(int z, i64 k, i64 j) const { return a(z, j, k); }
-  __device__ void store(int z, i64 i, i64 j, double x) const {
+  __device__ bool skips(int row, int column) const { return column > row; }
+  __device__ double a(int z, int i, int k) const { return static_cast<double>(head.stored(z * parts.rows + k, i)); }
+  __device__ double b(int z, int k, int j) const { return a(z, j, k); }
+  __device__ void store(int z, int i, int j, double x) const {
     parts.squares[(z * head.width + i) * head.width + j] = x;
   }
 };
@@ -129,7 +129,10 @@ void init_as(const ExactDevice& args) {
 
 i64 exact_state_bytes(const ExactDevice& head) {
   Scratch memory;
-  by_exact_types(head, [&](auto row, auto factor) { ExactView<decltype(row), decltype(factor)>(head, memory); });
+  by_exact_types(head, [&](auto row, auto factor) {
+    const ExactView<decltype(row), decltype(factor)> view(head, memory);
+    tile_rows(head.device, view.width, sizeof factor);  // throws where there are too many columns
+  });
   return memory.used();
 }
 

@@ -1,4 +1,4 @@
-// exact_log.cu -- the exact head's log of step matrices on CUDA: what goes up when a level is full, and bringing rows together
+// exact_log.cu -- the log of step matrices on CUDA: what goes up when a level is full, and bringing rows together
 #include "cuda/backend.h"
 #include "cuda/exact_places.h"
 
@@ -7,7 +7,8 @@ namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
 
-// Keeps a matrix as it is once that is smaller than its difference to I; returns whether it still is the difference. By a block.
+// Keeps a matrix as it is once that is smaller than its difference to I; returns whether it still is the difference. By
+// a block.
 template <class Factor>
 __device__ inline bool settle(Factor* matrix, i64 width, double* warps) {
   double trace = 0;
@@ -33,10 +34,19 @@ __global__ void __launch_bounds__(kThreads) settle_steps(View head, const StepPl
   if (threadIdx.x == 0) head.header->beside_identity[matrix_index(0, z)] = beside;
 }
 
-// A block a matrix of the level that an interval came into.
+// A block a matrix of the level that an interval came into. The last kernel of a step, so it counts it.
 template <class View>
-__global__ void __launch_bounds__(kThreads) settle_intervals(View head, const StepPlan* plan) {
+__global__ void __launch_bounds__(kThreads)
+    end_step(View head, const StepPlan* plan, const PlaceTable* moved, const PlaceTable* fetched) {
   __shared__ double warps[kWarps];
+  if (plan->go && thread_in_grid() == 0) {
+    ExactHeader& h = *head.header;
+    h.steps = plan->after.now();
+    ++h.version;
+    ++h.taken;
+    h.fetched += fetched->starts[kPlaces];
+    h.moved += moved->starts[kPlaces];
+  }
   const int level = plan->carries, index = static_cast<int>(blockIdx.x);
   if (!plan->go || level == 0 || index > plan->before.digit(level)) return;
   bool beside = index == plan->before.digit(level) || head.beside_identity(level, index);
@@ -48,6 +58,7 @@ __global__ void __launch_bounds__(kThreads) settle_intervals(View head, const St
 // Classes whose label lies within the interval that goes up, not at its start.
 template <class View>
 struct LeftBehind {
+  static constexpr bool kSkips = true;
   View head;
   const StepPlan* plan;
 
@@ -87,8 +98,8 @@ struct MoveRows {
   }
 };
 
-// The whole of the full levels comes to the level above as an interval, and its matrices take it: their rows are multiplied
-// by the first matrix of each full level. A tile's owner is one of its matrices.
+// The whole of the full levels comes to the level above as an interval, and its matrices take it: their rows are
+// multiplied by the first matrix of each full level. A tile's owner is one of its matrices.
 template <class View>
 struct MergeIntervals {
   using Factor = typename View::Factor;
@@ -119,23 +130,12 @@ struct MergeIntervals {
 };
 
 template <class View>
-__global__ void end_step(View head, const StepPlan* plan, const PlaceTable* moved, const PlaceTable* fetched) {
-  if (!plan->go) return;
-  ExactHeader& h = *head.header;
-  h.steps = plan->after.now();
-  ++h.version;
-  ++h.taken;
-  h.fetched += fetched->starts[kPlaces];
-  h.moved += moved->starts[kPlaces];
-}
-
-template <class View>
 struct AllRows {
+  static constexpr bool kSkips = false;
   View head;
 
   __device__ bool due() const { return head.header->steps > 0; }
   __device__ i64 items() const { return head.classes; }
-  __device__ bool skips(i64) const { return false; }
   __device__ int place(i64 id) const { return LogTime::of(head.header->steps).place(head.labels[id]); }
   __device__ void put(i64 id, i64 n) const { head.list[n] = static_cast<std::uint32_t>(id); }
 };
@@ -195,12 +195,10 @@ void advance_log(const Device& device, const ExactView<Row, Factor>& head, const
                  const BatchView<Factor>& batch) {
   using View = ExactView<Row, Factor>;
   const int rows = tile_rows(device, head.width, sizeof(Factor));
-  clear(device, places);
   group_by_place(device, LeftBehind<View>{head, plan}, head.classes, rows, places);
   launch_advance(device, MoveRows<View>{head, plan, places}, head.classes / kTileRows + kPlaces);
   launch_advance(device, MergeIntervals<View>{head, plan}, (kRadix - 1) * ceil_div(head.width, rows));
-  launch(device, kRadix - 1, kThreads, 0, settle_intervals<View>, head, plan);
-  launch(device, 1, 1, 0, end_step<View>, head, plan, places, batch.places);
+  launch(device, kRadix - 1, kThreads, 0, end_step<View>, head, plan, places, batch.places);
 }
 
 #define WIDEHEAD_EXACT_LOG(Row, Factor)                                                                 \

@@ -1,8 +1,9 @@
 // exact_places.h -- rows grouped by their place in the log, and multiplied by the matrices from there to now
 //
-// Rows are listed by place in any order, since no row's result depends on its neighbours; a tile is a few rows of one place,
-// which pass through all their matrices in shared memory.
+// Rows are listed by place in any order, since no row's result depends on its neighbours; a tile is a few rows of one
+// place, which pass through all their matrices in shared memory.
 #pragma once
+#include "cuda/exact_product.h"
 #include "cuda/exact_state.h"
 #include "cuda/intrinsics.h"
 
@@ -10,7 +11,32 @@ namespace widehead::cuda {
 
 constexpr int kListThreads = static_cast<int>(kChunk);
 
-// A Source says: due(); items(); skips(chunk) of 256 items; place(i), -1 for none; put(i, n): item i is n-th of the list.
+// A Source says: due(); items(); place(i), -1 for none; put(i, n): item i is n-th of the list; and, where kSkips,
+// skips(chunk) of kChunk items.
+//
+// body(chunk) of those that are not skipped, by whole blocks. Few of many are left where there are many millions of
+// classes, so a block looks at a number of them at once.
+template <class Source, class Body>
+__device__ inline void for_chunks(const Source& source, const Body& body) {
+  __shared__ int found[kListThreads], count;
+  const i64 chunks = ceil_div(source.items(), kChunk);
+  if constexpr (!Source::kSkips) {
+    for (i64 chunk = blockIdx.x; chunk < chunks; chunk += gridDim.x) body(chunk);
+  } else {
+    const i64 span = at_most(kListThreads, ceil_div(chunks, gridDim.x));
+    for (i64 first = blockIdx.x * span; first < chunks; first += gridDim.x * span) {
+      __syncthreads();  // the last count has been read
+      if (threadIdx.x == 0) count = 0;
+      __syncthreads();
+      const i64 mine = first + threadIdx.x;
+      if (threadIdx.x < span && mine < chunks && !source.skips(mine))
+        found[atomicAdd(&count, 1)] = static_cast<int>(threadIdx.x);
+      __syncthreads();
+      for (int n = 0; n < count; ++n) body(first + found[n]);
+    }
+  }
+}
+
 template <class Source>
 __global__ void __launch_bounds__(kListThreads) count_places(Source source, PlaceTable* table) {
   __shared__ unsigned counts[kPlaces];
@@ -19,12 +45,11 @@ __global__ void __launch_bounds__(kListThreads) count_places(Source source, Plac
   if (thread < kPlaces) counts[thread] = 0;
   __syncthreads();
   const i64 n = source.items();
-  for (i64 chunk = blockIdx.x; chunk * kChunk < n; chunk += gridDim.x) {
-    if (source.skips(chunk)) continue;
+  for_chunks(source, [&](i64 chunk) {
     const i64 i = chunk * kChunk + thread;
     const int place = i < n ? source.place(i) : -1;
     if (place >= 0) atomicAdd(counts + place, 1u);
-  }
+  });
   __syncthreads();
   if (thread < kPlaces && counts[thread] > 0)
     atomicAdd(table->counts + thread, static_cast<unsigned long long>(counts[thread]));
@@ -57,8 +82,7 @@ __global__ void __launch_bounds__(kListThreads) list_places(Source source, Place
   if (!source.due()) return;
   const int thread = static_cast<int>(threadIdx.x);
   const i64 n = source.items();
-  for (i64 chunk = blockIdx.x; chunk * kChunk < n; chunk += gridDim.x) {
-    if (source.skips(chunk)) continue;
+  for_chunks(source, [&](i64 chunk) {
     __syncthreads();  // the last chunk's starts have been read
     if (thread < kPlaces) counts[thread] = 0;
     __syncthreads();
@@ -70,7 +94,7 @@ __global__ void __launch_bounds__(kListThreads) list_places(Source source, Place
       starts[thread] = atomicAdd(table->next + thread, static_cast<unsigned long long>(counts[thread]));
     __syncthreads();
     if (place >= 0) source.put(i, static_cast<i64>(starts[place]) + rank);
-  }
+  });
 }
 
 // Lists what a source has; the table is empty before.
@@ -108,16 +132,34 @@ __device__ inline RowTile tile_of(const PlaceTable& table, i64 tile, int rows) {
   return {first, n, low == 0 ? -1 : (low - 1) / kRadix, low == 0 ? 0 : (low - 1) % kRadix};
 }
 
-constexpr int kSlices = 4;   // of the depth of a product
-constexpr int kColumns = 4;  // of a thread
+constexpr int kSlices = 4;  // of the depth of a product
+template <class Factor>
+constexpr int kColumnsOf = 16 / static_cast<int>(sizeof(Factor));  // of a thread
 constexpr int kMostLanes = 128;
-constexpr int kTileRows = 8;
 
-// A Job says: due(); time(); head (an ExactView); tiles(rows), of so many; tile(number, rows); load(tile, r, k); store(tile, r, k, x);
-// done(tile, r); unit(tile), whether row r is a row of I, number own(tile, r), plus what load gives.
+// x [kRows] from shared memory, four at a time where there are so many.
+template <class Factor, int kRows>
+__device__ inline void load_shared(const Factor* from, Factor (&x)[kRows]) {
+  if constexpr (kRows % 4 == 0) {
+#pragma unroll
+    for (int r = 0; r < kRows; r += 4) {
+      const auto four = *reinterpret_cast<const FourOf<Factor>*>(from + r);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) x[r + i] = four.x[i];
+    }
+  } else {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) x[r] = from[r];
+  }
+}
+
+// A Job says: due(); time(); head (an ExactView); tiles(rows), of so many; tile(number, rows); load(tile, r, k);
+// store(tile, r, k, x); done(tile, r); unit(tile), whether row r is a row of I, number own(tile, r), plus what load
+// gives.
 template <class Job, int kRows>
-__global__ void __launch_bounds__(kSlices* kMostLanes) advance_rows(Job job) {
+__global__ void __launch_bounds__(kSlices* kMostLanes, 1) advance_rows(Job job) {
   using Factor = typename Job::Factor;
+  constexpr int kColumns = kColumnsOf<Factor>;
   if (!job.due()) return;
   const LogTime time = job.time();
   const i64 width = job.head.width;
@@ -153,8 +195,7 @@ __global__ void __launch_bounds__(kSlices* kMostLanes) advance_rows(Job job) {
             const i64 c = c0 + lane + j * lanes;
             m[j] = c < width ? matrix[k * width + c] : Factor{0};
           }
-#pragma unroll
-          for (int r = 0; r < kRows; ++r) x[r] = from[k * kRows + r];
+          load_shared(from + k * kRows, x);
 #pragma unroll
           for (int j = 0; j < kColumns; ++j)
 #pragma unroll
@@ -190,22 +231,13 @@ __global__ void __launch_bounds__(kSlices* kMostLanes) advance_rows(Job job) {
   }
 }
 
-// Rows of a tile: as many as shared memory holds twice.
-inline int tile_rows(const Device& device, i64 width, i64 size) {
-  const i64 room = hardware(device.index).shared_bytes;
-  if (2 * kTileRows * width * size <= room) return kTileRows;
-  if (2 * width * size <= room) return 1;
-  throw CapacityError("in_features: expected at most " + std::to_string(room / (2 * size)) +
-                      " columns of weight and velocity on this GPU, got " + std::to_string(width));
-}
-
 // `tiles`: about how many there may be.
 template <class Job>
 void launch_advance(const Device& device, const Job& job, i64 tiles) {
   using Factor = typename Job::Factor;
   const i64 width = job.head.width;
   const int rows = tile_rows(device, width, sizeof(Factor));
-  const auto lanes = static_cast<unsigned>(at_most(kMostLanes, round_up(ceil_div(width, kColumns), 32)));
+  const auto lanes = static_cast<unsigned>(at_most(kMostLanes, round_up(ceil_div(width, kColumnsOf<Factor>), 32)));
   const unsigned blocks = blocks_for(tiles, 1, 4 * hardware(device.index).processors);
   const auto bytes = static_cast<std::size_t>(2 * rows * width) * sizeof(Factor);
   if (rows == 1) return launch(device, blocks, kSlices * lanes, bytes, advance_rows<Job, 1>, job);

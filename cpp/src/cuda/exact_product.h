@@ -14,8 +14,15 @@
 namespace widehead::cuda {
 
 struct Extent {
-  i64 rows, columns, depth;
+  int rows, columns, depth;
 };
+__host__ __device__ inline Extent extent_of(i64 rows, i64 columns, i64 depth) {
+  return {static_cast<int>(rows), static_cast<int>(columns), static_cast<int>(depth)};
+}
+// Element (row, column) of a matrix: a multiplication of 32 bits each.
+__host__ __device__ inline i64 element(int row, i64 stride, int column) {
+  return static_cast<i64>(row) * static_cast<int>(stride) + column;
+}
 
 constexpr int kProductTile = 32, kProductThreads = 256, kProductStride = kProductTile + 4;
 
@@ -32,25 +39,25 @@ __global__ void __launch_bounds__(kProductThreads) product_kernel(Op op) {
   auto* const as = reinterpret_cast<Factor*>(dynamic_shared());
   auto* const bs = as + kTile * kStride;
   const int z = static_cast<int>(blockIdx.z), thread = static_cast<int>(threadIdx.x);
-  const i64 i0 = static_cast<i64>(blockIdx.x) * kTile, j0 = static_cast<i64>(blockIdx.y) * kTile;
+  const int i0 = static_cast<int>(blockIdx.x) * kTile, j0 = static_cast<int>(blockIdx.y) * kTile;
   const Extent e = op.extent(z);
   if (i0 >= e.rows || j0 >= e.columns || op.skips(i0, j0)) return;
 
   const int fast = thread % kTile, slow = thread / kTile;  // of the element that a thread loads first
   const int group = thread / 64, ti = thread % 64 / 8 * 4, tj = thread % 8 * 4;
   Factor sums[4][4] = {}, a[kEach], b[kEach];
-  const auto fetch = [&](i64 k0) {
+  const auto fetch = [&](int k0) {
 #pragma unroll
     for (int n = 0; n < kEach; ++n) {
       const int other = slow + n * (kProductThreads / kTile);
-      const i64 i = i0 + (Op::kRowsByDepth ? other : fast), ka = k0 + (Op::kRowsByDepth ? fast : other);
-      const i64 j = j0 + (Op::kColumnsByDepth ? other : fast), kb = k0 + (Op::kColumnsByDepth ? fast : other);
+      const int i = i0 + (Op::kRowsByDepth ? other : fast), ka = k0 + (Op::kRowsByDepth ? fast : other);
+      const int j = j0 + (Op::kColumnsByDepth ? other : fast), kb = k0 + (Op::kColumnsByDepth ? fast : other);
       a[n] = i < e.rows && ka < e.depth ? op.a(z, i, ka) : Factor{0};
       b[n] = j < e.columns && kb < e.depth ? op.b(z, kb, j) : Factor{0};
     }
   };
   fetch(0);
-  for (i64 k0 = 0; k0 < e.depth; k0 += kTile) {
+  for (int k0 = 0; k0 < e.depth; k0 += kTile) {
 #pragma unroll
     for (int n = 0; n < kEach; ++n) {
       const int other = slow + n * (kProductThreads / kTile);

@@ -1,9 +1,10 @@
 // exact_state.h -- what the exact head keeps on a GPU: its state, a batch, and the log of step matrices
 //
-// A row V_c with label e stands for V_c times the matrices of the steps e, e + 1, ... plus omega. Steps are counted in base 8:
-// level 0 holds the steps of the group of 8 under way, level l an interval of 8^l steps for each unit of digit l. A
-// matrix of level 0 is the product of its step and all later ones, one of a level above that of its interval and the
-// later ones of its level. So where a label lies follows from the number of steps alone, and a row takes one product a level.
+// A row V_c with label e stands for V_c times the matrices of the steps e, e + 1, ... plus omega. Steps are counted in
+// base 8: level 0 holds the steps of the group of 8 under way, level l an interval of 8^l steps for each unit of digit
+// l. A matrix of level 0 is the product of its step and all later ones, one of a level above that of its interval and
+// the later ones of its level. So where a label lies follows from the number of steps alone, and a row takes one
+// product a level.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -110,7 +111,8 @@ struct BatchHeader {
   int complete;  // its derivatives are there
 };
 
-// Classes by place in the log: how many, where they begin in a list, and the tiles of one place that the list is cut into.
+// Classes by place in the log: how many, where they begin in a list, and the tiles of one place that the list is cut
+// into.
 struct PlaceTable {
   unsigned long long counts[kPlaces];
   unsigned long long next[kPlaces];  // free entry of the list
@@ -121,7 +123,7 @@ struct PlaceTable {
 template <class Factor>
 struct BatchView {
   i64 examples, targets;
-  BatchHeader* header;
+  BatchHeader* header;  // cleared with the places behind it
   PlaceTable* places;
   RowTargets* of_example;  // [m]
   int* example;            // [nnz] of each target; -1: none
@@ -152,6 +154,16 @@ struct BatchView {
 
   __device__ i64 distinct() const { return places->starts[kPlaces]; }
 };
+
+constexpr int kTileRows = 8;
+// Rows that a block takes through the log: as many as shared memory holds twice.
+inline int tile_rows(const Device& device, i64 width, i64 size) {
+  const i64 room = hardware(device.index).shared_bytes;
+  if (2 * kTileRows * width * size <= room) return kTileRows;
+  if (2 * width * size <= room) return 1;
+  throw CapacityError("in_features: expected at most " + std::to_string(room / (2 * size)) +
+                      " columns of weight and velocity on this GPU, got " + std::to_string(width));
+}
 
 inline Scratch memory_of(void* at, i64 bytes) {
   Device device;
@@ -210,7 +222,8 @@ __device__ inline double sum_over_warp(double x) {
 }
 __device__ inline bool is_finite(double x) { return x - x == 0; }
 
-// Of exact_log.cu. Moves what the full levels held: rows to now, matrices up. Then settles, and counts the step.
+// Of exact_log.cu. Moves what the full levels held: rows to now, matrices up. Then counts the step. `places` counts
+// nothing yet.
 template <class Row, class Factor>
 void advance_log(const Device& device, const ExactView<Row, Factor>& head, const StepPlan* plan, PlaceTable* places,
                  const BatchView<Factor>& batch);

@@ -18,9 +18,10 @@ struct StepOptions {
 
 // By one block. `report` is the caller's: the batch has told of its own faults already.
 template <class View>
-__global__ void __launch_bounds__(kThreads)
-    begin_step(View head, BatchView<typename View::Factor> batch, StepOptions o, Report report, StepPlan* plan) {
+__global__ void __launch_bounds__(kThreads) begin_step(View head, BatchView<typename View::Factor> batch, StepOptions o,
+                                                       Report report, StepPlan* plan, PlaceTable* places) {
   const ExactHeader& h = *head.header;
+  if (threadIdx.x < kPlaces) places->counts[threadIdx.x] = 0;
   bool bad = false;
   for (i64 k = threadIdx.x; o.column_scale && k < head.features; k += kThreads)
     if (!is_finite(o.column_scale[k])) {
@@ -81,7 +82,8 @@ struct StepOp {
   // The matrix z of level 0 takes this step; the one that begins with it is new.
   __device__ i64 if_live(int z, i64 rows) const { return plan().go && z <= plan().before.count ? rows : 0; }
   __device__ bool beside(int z) const { return z == plan().before.count || head.beside_identity(0, z); }
-  __device__ bool skips(i64, i64) const { return false; }
+  __device__ Factor* turned(int z) const { return s.turned + z * head.width * batch.examples; }
+  __device__ bool skips(int, int) const { return false; }
 };
 
 template <class View>
@@ -90,17 +92,18 @@ struct Pulled : StepOp<View> {
   static constexpr bool kRowsByDepth = true, kColumnsByDepth = false;
 
   __device__ Extent extent(int) const {
-    return {this->if_due(this->batch.examples), this->head.width, this->batch.examples};
+    return extent_of(this->if_due(this->batch.examples), this->head.width, this->batch.examples);
   }
-  __device__ Factor a(int, i64 i, i64 k) const {
+  __device__ Factor a(int, int i, int k) const {
     const Factor* const m = this->s.gradient.products;
-    return Factor(0.25) * (m[i * this->batch.examples + k] + m[k * this->batch.examples + i]);
+    return Factor(0.25) * (m[element(i, this->batch.examples, k)] + m[element(k, this->batch.examples, i)]);
   }
-  __device__ Factor b(int, i64 k, i64 j) const { return this->s.directions[k * this->head.width + j]; }
-  __device__ void store(int, i64 i, i64 j, Factor x) const {
+  __device__ Factor b(int, int k, int j) const { return this->s.directions[element(k, this->head.width, j)]; }
+  __device__ void store(int, int i, int j, Factor x) const {
     const auto& [head, batch, s] = static_cast<const StepOp<View>&>(*this);
-    const Factor own = this->plan().carry.carried(batch.by_rows + i * head.width, j, head.features, head.velocity);
-    s.pulled[i * head.width + j] = static_cast<Factor>(this->plan().scale) * own + x;
+    const Factor own =
+        this->plan().carry.carried(batch.by_rows + element(i, head.width, 0), j, head.features, head.velocity);
+    s.pulled[element(i, head.width, j)] = static_cast<Factor>(this->plan().scale) * own + x;
   }
 };
 
@@ -111,14 +114,14 @@ struct Turned : StepOp<View> {
 
   __device__ Extent extent(int z) const {
     const i64 depth = z == this->plan().before.count ? 0 : this->head.features;
-    return {this->if_live(z, this->head.width), this->batch.examples, depth};
+    return extent_of(this->if_live(z, this->head.width), this->batch.examples, depth);
   }
-  __device__ Factor a(int z, i64 r, i64 k) const { return this->head.matrix(0, z)[r * this->head.width + k]; }
-  __device__ Factor b(int, i64 k, i64 j) const { return this->batch.hidden[j * this->head.features + k]; }
-  __device__ void store(int z, i64 r, i64 j, Factor x) const {
+  __device__ Factor a(int z, int r, int k) const { return this->head.matrix(0, z)[element(r, this->head.width, k)]; }
+  __device__ Factor b(int, int k, int j) const { return this->batch.hidden[element(j, this->head.features, k)]; }
+  __device__ void store(int z, int r, int j, Factor x) const {
     const auto& [head, batch, s] = static_cast<const StepOp<View>&>(*this);
-    if (r < head.features && this->beside(z)) x += batch.hidden[j * head.features + r];
-    s.turned[(z * head.width + r) * batch.examples + j] = static_cast<Factor>(2 * s.gradient.grad_q[j]) * x;
+    if (r < head.features && this->beside(z)) x += batch.hidden[element(j, head.features, r)];
+    this->turned(z)[element(r, batch.examples, j)] = static_cast<Factor>(2 * s.gradient.grad_q[j]) * x;
   }
 };
 
@@ -129,13 +132,13 @@ struct Matrices : StepOp<View> {
   static constexpr bool kRowsByDepth = true, kColumnsByDepth = false;
 
   __device__ Extent extent(int z) const {
-    return {this->if_live(z, this->head.width), this->head.width, this->batch.examples};
+    return extent_of(this->if_live(z, this->head.width), this->head.width, this->batch.examples);
   }
-  __device__ Factor a(int z, i64 r, i64 k) const {
-    return this->s.turned[(z * this->head.width + r) * this->batch.examples + k];
+  __device__ Factor a(int z, int r, int k) const { return this->turned(z)[element(r, this->batch.examples, k)]; }
+  __device__ Factor b(int, int k, int j) const { return this->s.directions[element(k, this->head.width, j)]; }
+  __device__ void store(int z, int r, int j, Factor x) const {
+    this->head.matrix(0, z)[element(r, this->head.width, j)] += x;
   }
-  __device__ Factor b(int, i64 k, i64 j) const { return this->s.directions[k * this->head.width + j]; }
-  __device__ void store(int z, i64 r, i64 j, Factor x) const { this->head.matrix(0, z)[r * this->head.width + j] += x; }
 };
 
 // R'R += Z'B + B'Z: both in one product of twice the depth, of the lower half.
@@ -145,21 +148,21 @@ struct Squares : StepOp<View> {
   static constexpr bool kRowsByDepth = false, kColumnsByDepth = false;
 
   __device__ Extent extent(int) const {
-    return {this->if_due(this->head.width), this->head.width, 2 * this->batch.examples};
+    return extent_of(this->if_due(this->head.width), this->head.width, 2 * this->batch.examples);
   }
-  __device__ bool skips(i64 row, i64 column) const { return column > row; }
-  __device__ Factor of(i64 k, i64 j, bool swap) const {
-    const i64 m = this->batch.examples, width = this->head.width;
+  __device__ bool skips(int row, int column) const { return column > row; }
+  __device__ Factor of(int k, int j, bool swap) const {
+    const auto m = static_cast<int>(this->batch.examples);
     const Factor* const from = (k < m) == swap ? this->s.directions : this->s.pulled;
-    return from[(k < m ? k : k - m) * width + j];
+    return from[element(k < m ? k : k - m, this->head.width, j)];
   }
-  __device__ Factor a(int, i64 r, i64 k) const { return of(k, r, false); }
-  __device__ Factor b(int, i64 k, i64 j) const { return of(k, j, true); }
-  __device__ void store(int, i64 r, i64 j, Factor x) const {
+  __device__ Factor a(int, int r, int k) const { return of(k, r, false); }
+  __device__ Factor b(int, int k, int j) const { return of(k, j, true); }
+  __device__ void store(int, int r, int j, Factor x) const {
     if (j > r) return;
     double* const squares = this->head.squares;
-    const i64 width = this->head.width;
-    squares[r * width + j] = squares[j * width + r] = squares[r * width + j] + static_cast<double>(x);
+    const i64 at = element(r, this->head.width, j);
+    squares[at] = squares[element(j, this->head.width, r)] = squares[at] + static_cast<double>(x);
   }
 };
 
@@ -170,14 +173,16 @@ struct Rows : StepOp<View> {
   static constexpr bool kRowsByDepth = true, kColumnsByDepth = false;
 
   __device__ Extent extent(int) const {
-    return {this->if_due(this->batch.distinct()), this->head.width, this->batch.examples};
+    return extent_of(this->if_due(this->batch.distinct()), this->head.width, this->batch.examples);
   }
-  __device__ Factor a(int, i64 u, i64 k) const { return this->s.gradient.by_output[u * this->batch.examples + k]; }
-  __device__ Factor b(int, i64 k, i64 j) const { return this->s.directions[k * this->head.width + j]; }
-  __device__ void store(int, i64 u, i64 j, Factor x) const {
+  __device__ Factor a(int, int u, int k) const {
+    return this->s.gradient.by_output[element(u, this->batch.examples, k)];
+  }
+  __device__ Factor b(int, int k, int j) const { return this->s.directions[element(k, this->head.width, j)]; }
+  __device__ void store(int, int u, int j, Factor x) const {
     const auto& [head, batch, s] = static_cast<const StepOp<View>&>(*this);
     const i64 id = batch.ids[u];
-    x += this->plan().carry.carried(batch.rows + u * head.width, j, head.features, head.velocity);
+    x += this->plan().carry.carried(batch.rows + element(u, head.width, 0), j, head.features, head.velocity);
     head.stored(id, j) = static_cast<typename View::Row>(static_cast<double>(x) - head.omega[j]);
     if (j != 0) return;
     const auto now = static_cast<std::uint32_t>(this->plan().after.now());
@@ -285,7 +290,7 @@ void step_as(const ExactDeviceStep& args) {
                             args.device_lr, args.grad_scale,   args.column_scale};
   const StepOp<View> op{head, batch, s};
   launch(device, 1, kThreads, 0, begin_step<View>, head, batch, options, Report{device.faults, device.refused},
-         s.gradient.plan);
+         s.gradient.plan, s.places);
   gradient_products<Row, Factor>(device, head, batch, s.gradient, s.directions, args.column_scale);
   launch_product(device, Pulled<View>{op}, m, width);
   launch_product(device, Turned<View>{op}, width, m, kRadix);
