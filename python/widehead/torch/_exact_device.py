@@ -117,7 +117,7 @@ class DeviceCore:
         self._report(record)
         if job.train:
             # The caller may write to his own before the step.
-            batch.hidden, batch.goal = hidden.clone(), job.goal.clone()
+            batch.hidden, batch.goal = hidden.clone(), job.goal.own_classes()
         return batch
 
     def backward(self, job: Job, grads: dict[str, Tensor], grad_hidden: Tensor | None) -> Tensor:

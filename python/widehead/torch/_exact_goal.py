@@ -51,9 +51,10 @@ class Goal(NamedTuple):
         indptr, indices = (torch.zeros(n, dtype=torch.int64, device=device) for n in (examples + 1, 0))
         return cls(indptr, indices)
 
-    def clone(self) -> Goal:
-        indptr, _, values, valid = (None if part is None else part.clone() for part in self[:4])
-        return Goal(indptr, self.indices.clone(), values, valid, self.ignore_index)
+    def own_classes(self) -> Goal:
+        """The same without values, in no memory of the caller's."""
+        indptr = None if self.indptr is None else self.indptr.clone()
+        return Goal(indptr, self.indices.clone(), None, self.valid, self.ignore_index)
 
     def capsules(self, values: bool = True) -> dict[str, Any]:
         """As arguments of the core."""

@@ -340,6 +340,7 @@ class ExactHead(Head):
         check(n_classes >= self.n_classes, f"n_classes: expected at least {self.n_classes}, got {n_classes}")
         if self._pending:
             raise Error("grow: a gradient waits for the optimiser: call its step() or zero_grad() first")
+        self.check()
         self._leave()
         old, self.n_classes = self.n_classes, int(n_classes)
         parts = self._parts()
