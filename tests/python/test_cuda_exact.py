@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from devices import call, only_gpu
+from devices import call, claim_cuda, only_gpu
 from exact_gpu import GpuCore, fused_on_gpu, memory
 from exact_reference import (
     LOSSES,
@@ -572,5 +572,7 @@ def test_shapes_are_refused_at_once(device: str) -> None:
     if _core.cuda_emulated:  # a GPU gets a copy, which begins elsewhere
         with pytest.raises(_core.ShapeError, match=r"state: .* aligned to 256 bytes"):
             call(_core.exact_init, device, weight=weight, state=memory(size + 256)[1:])
+        with pytest.raises(_core.BackendError, match=r"ExactState: .* on cpu, .* 'woodbury' is for the CPU"):
+            _core.ExactState(claim_cuda(weight.__dlpack__()), method="woodbury")
     with pytest.raises(_core.BackendError, match="device: expected a GPU"):
         _core.exact_init(**head)
