@@ -543,6 +543,12 @@ def test_bad_labels_in_a_loss(device: str) -> None:
     with pytest.raises(_core.LabelError, match="target: label 9 at position 1"):
         call(_core.spherical_loss, device, **options, **arrays, **out)
     assert all(np.array_equal(np.isnan(x), [False, True, False]) for x in out.values())
+    out = {name: nan.copy() for name in out}
+    options["indptr"] = np.array([0, 2, 2, 3])
+    arrays["indices"], values = np.array([1, 8, 2]), np.array([1, 2, np.nan], np.float32)
+    with pytest.raises(_core.LabelError, match="target: the weight of the label at position 2 must be finite"):
+        call(_core.spherical_loss, device, **options, **arrays, values=values, **out)
+    assert all(np.array_equal(np.isnan(x), [False, False, True]) for x in out.values())
 
 
 def test_shapes_are_refused_at_once(device: str) -> None:
