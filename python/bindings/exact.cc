@@ -32,6 +32,13 @@ double* doubles(Arrays& arrays, nb::handle h, const char* name, const char* axes
   return static_cast<double*>(v.data);
 }
 
+void on_cpu(const Arrays& arrays) {
+  if (arrays.on_gpu())
+    throw BackendError(
+        "ExactState: expected arrays on cpu, got arrays on cuda, for which there are exact_init and the "
+        "functions beside it; method 'woodbury' is for the CPU alone");
+}
+
 ExactMethod method_of(const std::string& name) {
   for (const ExactMethod method : {ExactMethod::blocked, ExactMethod::woodbury})
     if (name == name_of(method)) return method;
@@ -43,7 +50,8 @@ class State {
   State(nb::handle weight, nb::handle velocity, const std::string& method, bool wide, std::int64_t block_steps,
         std::int64_t radix, double max_kappa)
       : weight_(arrays_.out_matrix(weight, {"weight", "[n_classes, in_features]", kResult})),
-        head_(make(weight_, arrays_.out_matrix(velocity, {"velocity", "[n_classes, in_features]", kResult, true}),
+        head_(make(arrays_, weight_,
+                   arrays_.out_matrix(velocity, {"velocity", "[n_classes, in_features]", kResult, true}),
                    {method_of(method), wide, block_steps, radix, max_kappa})) {}
 
   Batch forward(nb::handle hidden, nb::handle indptr, nb::handle indices, nb::handle values, bool train, nb::handle A,
@@ -54,6 +62,7 @@ class State {
     const std::int64_t nnz = target.indptr ? target.size : h.rows;
     double* a = doubles(arrays, A, "A", "[nnz]", nnz);
     double *qs = doubles(arrays, q, "q", "[batch]", h.rows), *ss = doubles(arrays, s, "s", "[batch]", h.rows);
+    on_cpu(arrays);
     nb::gil_scoped_release no_gil;
     return {head_.forward(h, target, train, a, qs, ss), h.rows, nnz};
   }
@@ -67,6 +76,7 @@ class State {
     const double *q = numbers(grad_q, "grad_q", "[batch]", batch.rows),
                  *s = numbers(grad_s, "grad_s", "[batch]", batch.rows);
     const AnyMatrix out = arrays.out_matrix(grad_hidden, {"grad_hidden", "[batch, in_features]", kFloating, true});
+    on_cpu(arrays);
     nb::gil_scoped_release no_gil;
     head_.backward(*batch.batch, a, q, s, out);
   }
@@ -75,6 +85,7 @@ class State {
     Arrays arrays;
     const ConstAnyVector c = arrays.vector(column_scale, {"column_scale", "[in_features]", kDouble, true});
     const double* scale = sized<double>(c, weight_.cols, "column_scale", "[in_features]");
+    on_cpu(arrays);
     nb::gil_scoped_release no_gil;
     head_.step({lr, weight_decay, momentum, scale});
   }
@@ -83,6 +94,7 @@ class State {
     Arrays arrays;
     const ConstAnyVector i = arrays.vector(ids, {"ids", "[n]", kInt64});
     const AnyMatrix to = arrays.out_matrix(out, {"out", "[n, in_features]", kFloating});
+    on_cpu(arrays);
     nb::gil_scoped_release no_gil;
     head_.rows(static_cast<const std::int64_t*>(i.data), i.size, to);
   }
@@ -90,6 +102,7 @@ class State {
   void grad_columns(nb::handle out) {
     Arrays arrays;
     double* to = doubles(arrays, out, "out", "[in_features]", weight_.cols);
+    on_cpu(arrays);
     nb::gil_scoped_release no_gil;
     head_.grad_columns(to);
   }
@@ -118,7 +131,8 @@ class State {
   ExactHead& head() { return head_; }
 
  private:
-  static ExactHead make(AnyMatrix weight, AnyMatrix velocity, const ExactOptions& options) {
+  static ExactHead make(const Arrays& arrays, AnyMatrix weight, AnyMatrix velocity, const ExactOptions& options) {
+    on_cpu(arrays);
     nb::gil_scoped_release no_gil;
     return ExactHead(weight, velocity, options);
   }

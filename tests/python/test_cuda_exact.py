@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from devices import call, only_gpu
+from devices import call, claim_cuda, only_gpu
 from exact_gpu import GpuCore, fused_on_gpu, memory
 from exact_reference import (
     LOSSES,
@@ -543,6 +543,12 @@ def test_bad_labels_in_a_loss(device: str) -> None:
     with pytest.raises(_core.LabelError, match="target: label 9 at position 1"):
         call(_core.spherical_loss, device, **options, **arrays, **out)
     assert all(np.array_equal(np.isnan(x), [False, True, False]) for x in out.values())
+    out = {name: nan.copy() for name in out}
+    options["indptr"] = np.array([0, 2, 2, 3])
+    arrays["indices"], values = np.array([1, 8, 2]), np.array([1, 2, np.nan], np.float32)
+    with pytest.raises(_core.LabelError, match="target: the weight of the label at position 2 must be finite"):
+        call(_core.spherical_loss, device, **options, **arrays, values=values, **out)
+    assert all(np.array_equal(np.isnan(x), [False, False, True]) for x in out.values())
 
 
 def test_shapes_are_refused_at_once(device: str) -> None:
@@ -572,5 +578,7 @@ def test_shapes_are_refused_at_once(device: str) -> None:
     if _core.cuda_emulated:  # a GPU gets a copy, which begins elsewhere
         with pytest.raises(_core.ShapeError, match=r"state: .* aligned to 256 bytes"):
             call(_core.exact_init, device, weight=weight, state=memory(size + 256)[1:])
+        with pytest.raises(_core.BackendError, match=r"ExactState: .* on cpu, .* 'woodbury' is for the CPU"):
+            _core.ExactState(claim_cuda(weight.__dlpack__()), method="woodbury")
     with pytest.raises(_core.BackendError, match="device: expected a GPU"):
         _core.exact_init(**head)

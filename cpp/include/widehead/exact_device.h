@@ -27,7 +27,7 @@ std::int64_t exact_state_bytes(const ExactDevice& head);
 std::int64_t exact_batch_bytes(const ExactDevice& head, std::int64_t examples, std::int64_t targets);
 
 // Makes the state of rows that are W, velocities that are velocities: before the first call, and after the caller has
-// written to consolidated rows. One pass over them.
+// written to consolidated rows; whatever device.refused says. One pass over them.
 void exact_init(const ExactDevice& head);
 std::int64_t exact_init_scratch(const ExactDevice& head);
 
