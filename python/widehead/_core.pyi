@@ -267,8 +267,8 @@ def spherical_loss(
     gpu: Gpu | None = None,
 ) -> None: ...
 
-# The exact head's blocked method on a GPU; a block is one step there. weight [n_classes, in_features] float32 or float64,
-# velocity the same for momentum, state int64 [exact_state_bytes / 8] with zeros before exact_init, batch int64
+# The exact head's blocked method on a GPU; a block is one step there. weight [n_classes, in_features] float32 or
+# float64, velocity the same for momentum, state int64 [exact_state_bytes / 8] with zeros before exact_init, batch int64
 # [exact_batch_bytes / 8]; both begin at multiples of 256 bytes. A, q, s and their gradients are float64. Nothing waits,
 # and a graph may capture a step. exact_init: also after writing to consolidated weights. exact_backward takes the
 # gradients in the place of earlier ones of the batch. A step changes nothing if its batch, or the caller's flag, was
@@ -316,8 +316,8 @@ def exact_gram(
     *, weight: Array, velocity: Array | None = None, state: Array, wide: bool = False, squares: Array | None = None,
     sums: Array | None = None, gpu: Gpu | None = None,
 ) -> None: ...
-# out float64 [6]: steps since the rows were together, steps since exact_init, matrices of the log, rows fetched by steps,
-# rows that the log has multiplied, |weight|^2.
+# out float64 [6]: steps since the rows were together, steps since exact_init, matrices of the log, rows fetched by
+# steps, rows that the log has multiplied, |weight|^2.
 def exact_diagnostics(
     *, weight: Array, velocity: Array | None = None, state: Array, wide: bool = False, out: Array,
     gpu: Gpu | None = None,
