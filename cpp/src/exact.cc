@@ -6,6 +6,7 @@
 
 #include "check.h"
 #include "cpu/exact_core.h"
+#include "exact_check.h"
 #include "widehead/error.h"
 
 namespace widehead {
@@ -31,17 +32,9 @@ void check_ids(const char* name, const int64_t* ids, int64_t n, int64_t classes)
 const char* name_of(ExactMethod method) { return method == ExactMethod::blocked ? "blocked" : "woodbury"; }
 
 ExactHead::ExactHead(AnyMatrix weight, AnyMatrix velocity, const ExactOptions& options) {
-  const bool real = weight.dtype == Dtype::f32 || weight.dtype == Dtype::f64;
-  expect_dtype("weight", weight.dtype, real, "float32 or float64");
-  expect_shape("weight", weight, weight.rows, weight.cols);
-  if (weight.rows < 1 || weight.cols < 1)
-    throw ShapeError("weight: expected at least one class and one feature, got shape " + shape(weight));
+  check_exact_rows(weight, velocity);
   check_finite(weight, "weight");
-  if (velocity) {
-    expect_shape("velocity", velocity, weight.rows, weight.cols);
-    expect_dtype("velocity", velocity.dtype, velocity.dtype == weight.dtype, name_of(weight.dtype));
-    check_finite(velocity, "velocity");
-  }
+  if (velocity) check_finite(velocity, "velocity");
   if (options.block_steps < 1)
     throw ShapeError("block_steps: expected at least 1, got " + to_string(options.block_steps));
   if (options.radix < 2) throw ShapeError("radix: expected at least 2, got " + to_string(options.radix));
@@ -59,12 +52,7 @@ std::shared_ptr<ExactBatch> ExactHead::forward(const ConstAnyMatrix& hidden, con
   expect_dtype("hidden", hidden.dtype, floating(hidden.dtype), "float32, bfloat16, float16 or float64");
   expect_shape("hidden", hidden, hidden.rows, core_->features);
   check_finite(hidden, "hidden");
-  if (target.rows != hidden.rows)
-    throw ShapeError("target: expected " + to_string(hidden.rows) + " rows as in hidden, got " +
-                     to_string(target.rows));
-  if (target.n_classes != core_->classes)
-    throw ShapeError("target: is over " + to_string(target.n_classes) + " classes, the weights over " +
-                     to_string(core_->classes));
+  check_exact_target(target, hidden.rows, core_->classes);
   if (!target.indptr) check_ids("target", target.indices, target.rows, core_->classes);  // none is ignored
   check_labels(target, std::numeric_limits<int64_t>::min(), "target");
   return core_->forward(hidden, target, train, A, q, s);
@@ -92,11 +80,7 @@ void ExactHead::zero_grad() { core_->zero_grad(); }
 int64_t ExactHead::pending() const { return core_->pending(); }
 
 void ExactHead::step(const ExactStep& step) {
-  check_option("lr", step.lr, step.lr >= 0, "a number >= 0");
-  check_option("weight_decay", step.weight_decay, step.weight_decay >= 0, "a number >= 0");
-  check_option("momentum", step.momentum, step.momentum >= 0, "a number >= 0");
-  if (step.momentum > 0 && !core_->momentum)
-    throw ShapeError("momentum: expected 0 of a head without velocities, got " + to_string(step.momentum));
+  check_exact_step(step.lr, step.weight_decay, step.momentum, core_->momentum);
   if (step.column_scale) check_numbers("column_scale", step.column_scale, core_->features);
   core_->step(step);
 }

@@ -3,7 +3,7 @@
 
 #include <limits>
 
-#include "check.h"
+#include "exact_check.h"
 
 namespace widehead {
 
@@ -18,9 +18,7 @@ const char* name_of(SphericalLoss loss) {
 
 void spherical_loss(const SphericalOptions& options, const Labels& target, const double* A, const double* q,
                     const double* s, double* losses, double* grad_A, double* grad_q, double* grad_s) {
-  check_option("eps", options.eps, options.eps > 0, "a number > 0");
-  check_option("a", options.a, options.a > 0, "a number > 0");
-  check_option("b", options.b, true, "a finite number");
+  check_spherical(options);
   check_labels(target, std::numeric_limits<std::int64_t>::min(), "target");
   for (std::int64_t i = 0; i < target.rows; ++i) {
     SphericalRow row{q[i], s[i], static_cast<double>(target.n_classes)};

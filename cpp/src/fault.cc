@@ -20,6 +20,15 @@ const char* name_of(Argument argument) {
     case Argument::grad_bias: return "grad_bias";
     case Argument::exclude: return "exclude";
     case Argument::index: return "index";
+    case Argument::batch: return "batch";
+    case Argument::weight: return "weight";
+    case Argument::velocity: return "velocity";
+    case Argument::grad_A: return "grad_A";
+    case Argument::grad_q: return "grad_q";
+    case Argument::grad_s: return "grad_s";
+    case Argument::lr: return "lr";
+    case Argument::grad_scale: return "grad_scale";
+    case Argument::column_scale: return "column_scale";
     default: return "target";
   }
 }
@@ -52,6 +61,11 @@ void raise_fault(const FaultRecord& r) {
     case Fault::index_order:
       throw ShapeError(name + "expected distinct inputs in ascending order, got " + to_string(r.limit) + " before " +
                        to_string(r.value) + " in row " + to_string(r.position));
+    case Fault::stale_batch:
+      throw Error(name + "the weights have taken a step since this batch's forward pass, or it had no backward pass");
+    case Fault::log_full:
+      throw CapacityError(name + "the exact head has taken " + to_string(r.value) + " steps of at most " +
+                          to_string(r.limit - 1) + " since its rows were last brought together: call consolidate()");
     default:
       throw NonFiniteError(name + "expected finite numbers, got NaN or infinity in row " + to_string(r.position));
   }

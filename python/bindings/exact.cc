@@ -1,6 +1,7 @@
 // exact.cc -- the exact head for Python: an object that keeps the state beside the caller's arrays
 #include "widehead/exact.h"
 
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 
@@ -8,6 +9,7 @@
 
 #include "parts.h"
 #include "widehead/error.h"
+#include "widehead/exact_device.h"
 
 namespace widehead::python {
 namespace {
@@ -30,6 +32,13 @@ double* doubles(Arrays& arrays, nb::handle h, const char* name, const char* axes
   return static_cast<double*>(v.data);
 }
 
+void on_cpu(const Arrays& arrays) {
+  if (arrays.on_gpu())
+    throw BackendError(
+        "ExactState: expected arrays on cpu, got arrays on cuda, for which there are exact_init and the "
+        "functions beside it; method 'woodbury' is for the CPU alone");
+}
+
 ExactMethod method_of(const std::string& name) {
   for (const ExactMethod method : {ExactMethod::blocked, ExactMethod::woodbury})
     if (name == name_of(method)) return method;
@@ -41,7 +50,8 @@ class State {
   State(nb::handle weight, nb::handle velocity, const std::string& method, bool wide, std::int64_t block_steps,
         std::int64_t radix, double max_kappa)
       : weight_(arrays_.out_matrix(weight, {"weight", "[n_classes, in_features]", kResult})),
-        head_(make(weight_, arrays_.out_matrix(velocity, {"velocity", "[n_classes, in_features]", kResult, true}),
+        head_(make(arrays_, weight_,
+                   arrays_.out_matrix(velocity, {"velocity", "[n_classes, in_features]", kResult, true}),
                    {method_of(method), wide, block_steps, radix, max_kappa})) {}
 
   Batch forward(nb::handle hidden, nb::handle indptr, nb::handle indices, nb::handle values, bool train, nb::handle A,
@@ -52,6 +62,7 @@ class State {
     const std::int64_t nnz = target.indptr ? target.size : h.rows;
     double* a = doubles(arrays, A, "A", "[nnz]", nnz);
     double *qs = doubles(arrays, q, "q", "[batch]", h.rows), *ss = doubles(arrays, s, "s", "[batch]", h.rows);
+    on_cpu(arrays);
     nb::gil_scoped_release no_gil;
     return {head_.forward(h, target, train, a, qs, ss), h.rows, nnz};
   }
@@ -65,6 +76,7 @@ class State {
     const double *q = numbers(grad_q, "grad_q", "[batch]", batch.rows),
                  *s = numbers(grad_s, "grad_s", "[batch]", batch.rows);
     const AnyMatrix out = arrays.out_matrix(grad_hidden, {"grad_hidden", "[batch, in_features]", kFloating, true});
+    on_cpu(arrays);
     nb::gil_scoped_release no_gil;
     head_.backward(*batch.batch, a, q, s, out);
   }
@@ -73,6 +85,7 @@ class State {
     Arrays arrays;
     const ConstAnyVector c = arrays.vector(column_scale, {"column_scale", "[in_features]", kDouble, true});
     const double* scale = sized<double>(c, weight_.cols, "column_scale", "[in_features]");
+    on_cpu(arrays);
     nb::gil_scoped_release no_gil;
     head_.step({lr, weight_decay, momentum, scale});
   }
@@ -81,6 +94,7 @@ class State {
     Arrays arrays;
     const ConstAnyVector i = arrays.vector(ids, {"ids", "[n]", kInt64});
     const AnyMatrix to = arrays.out_matrix(out, {"out", "[n, in_features]", kFloating});
+    on_cpu(arrays);
     nb::gil_scoped_release no_gil;
     head_.rows(static_cast<const std::int64_t*>(i.data), i.size, to);
   }
@@ -88,6 +102,7 @@ class State {
   void grad_columns(nb::handle out) {
     Arrays arrays;
     double* to = doubles(arrays, out, "out", "[in_features]", weight_.cols);
+    on_cpu(arrays);
     nb::gil_scoped_release no_gil;
     head_.grad_columns(to);
   }
@@ -116,7 +131,8 @@ class State {
   ExactHead& head() { return head_; }
 
  private:
-  static ExactHead make(AnyMatrix weight, AnyMatrix velocity, const ExactOptions& options) {
+  static ExactHead make(const Arrays& arrays, AnyMatrix weight, AnyMatrix velocity, const ExactOptions& options) {
+    on_cpu(arrays);
     nb::gil_scoped_release no_gil;
     return ExactHead(weight, velocity, options);
   }
@@ -136,7 +152,8 @@ SphericalOptions options_of(const std::string& loss, double eps, double a, doubl
 
 void loss(const std::string& name, double eps, double a, double b, std::int64_t n_classes, nb::handle indptr,
           nb::handle indices, nb::handle values, nb::handle A, nb::handle q, nb::handle s, nb::handle losses,
-          nb::handle grad_A, nb::handle grad_q, nb::handle grad_s) {
+          nb::handle grad_A, nb::handle grad_q, nb::handle grad_s, std::optional<std::int64_t> ignore_index,
+          nb::handle gpu) {
   Arrays arrays;
   const SphericalOptions options = options_of(name, eps, a, b);
   const ConstAnyVector qs = arrays.vector(q, {"q", "[batch]", kDouble});
@@ -148,6 +165,14 @@ void loss(const std::string& name, double eps, double a, double b, std::int64_t 
   double* ga = doubles(arrays, grad_A, "grad_A", "[nnz]", nnz, true);
   double* gq = doubles(arrays, grad_q, "grad_q", "[batch]", qs.size, true);
   double* gs = doubles(arrays, grad_s, "grad_s", "[batch]", qs.size, true);
+  if (arrays.on_gpu()) {
+    SphericalLossDevice args{options, target, as, static_cast<const double*>(qs.data), ss, l, ga, gq, gs, {}};
+    args.device = arrays.device(gpu);
+    args.ignore_index = ignore_index.value_or(args.ignore_index);
+    arrays.get_scratch(gpu, args.device, scratch_bytes(args));
+    nb::gil_scoped_release no_gil;
+    return spherical_loss(args);
+  }
   nb::gil_scoped_release no_gil;
   spherical_loss(options, target, as, static_cast<const double*>(qs.data), ss, l, ga, gq, gs);
 }
@@ -186,7 +211,8 @@ void bind_exact(nb::module_& m) {
       .def("diagnostics", &State::diagnostics);
   m.def("spherical_loss", &loss, nb::kw_only(), "loss"_a, "eps"_a, "a"_a, "b"_a, "n_classes"_a, "indptr"_a.none(),
         "indices"_a, "values"_a.none() = nb::none(), "A"_a, "q"_a, "s"_a, "losses"_a.none() = nb::none(),
-        "grad_A"_a.none() = nb::none(), "grad_q"_a.none() = nb::none(), "grad_s"_a.none() = nb::none());
+        "grad_A"_a.none() = nb::none(), "grad_q"_a.none() = nb::none(), "grad_s"_a.none() = nb::none(),
+        "ignore_index"_a.none() = nb::none(), "gpu"_a.none() = nb::none());
 }
 
 }  // namespace widehead::python

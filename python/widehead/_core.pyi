@@ -244,7 +244,8 @@ class ExactState:
     def refresh(self) -> None: ...
     def diagnostics(self) -> dict[str, float]: ...
 
-# loss: "squared_error" | "spherical_softmax" | "taylor_softmax" | "z_loss"; all arrays float64.
+# loss: "squared_error" | "spherical_softmax" | "taylor_softmax" | "z_loss"; all arrays float64. ignore_index: on a GPU
+# only, of single labels that are none.
 def spherical_loss(
     *,
     loss: str,
@@ -262,4 +263,62 @@ def spherical_loss(
     grad_A: Array | None = None,
     grad_q: Array | None = None,
     grad_s: Array | None = None,
+    ignore_index: int | None = None,
+    gpu: Gpu | None = None,
+) -> None: ...
+
+# The exact head's blocked method on a GPU; a block is one step there. weight [n_classes, in_features] float32 or
+# float64, velocity the same for momentum, state int64 [exact_state_bytes / 8] with zeros before exact_init, batch int64
+# [exact_batch_bytes / 8]; both begin at multiples of 256 bytes. A, q, s and their gradients are float64. Nothing waits,
+# and a graph may capture a step. exact_init: also after writing to consolidated weights. exact_backward takes the
+# gradients in the place of earlier ones of the batch. A step changes nothing if its batch, or the caller's flag, was
+# refused, or if the weights have taken a step since the batch's exact_forward.
+def exact_state_bytes(
+    *, weight: Array, velocity: Array | None = None, wide: bool = False, gpu: Gpu | None = None
+) -> int: ...
+def exact_batch_bytes(
+    *, weight: Array, velocity: Array | None = None, wide: bool = False, examples: int, targets: int,
+    gpu: Gpu | None = None,
+) -> int: ...
+def exact_init(
+    *, weight: Array, velocity: Array | None = None, state: Array, wide: bool = False, gpu: Gpu | None = None
+) -> None: ...
+def exact_forward(
+    *, weight: Array, velocity: Array | None = None, state: Array, wide: bool = False, batch: Array, hidden: Array,
+    indptr: Array | None, indices: Array, ignore_index: int | None = None, A: Array, q: Array, s: Array,
+    gpu: Gpu | None = None,
+) -> None: ...
+def exact_backward(
+    *, weight: Array, velocity: Array | None = None, state: Array, wide: bool = False, batch: Array, grad_A: Array,
+    grad_q: Array, grad_s: Array, grad_hidden: Array | None = None, gpu: Gpu | None = None,
+) -> None: ...
+# norm2 [1]: |dL/dweight|^2; columns [in_features]: mean squares of its columns. float64.
+def exact_gradient(
+    *, weight: Array, velocity: Array | None = None, state: Array, wide: bool = False, batch: Array, examples: int,
+    targets: int, norm2: Array | None = None, columns: Array | None = None, gpu: Gpu | None = None,
+) -> None: ...
+# device_lr float32 [1] takes the place of lr; grad_scale [1] and column_scale [in_features] float64.
+def exact_step(
+    *, weight: Array, velocity: Array | None = None, state: Array, wide: bool = False, batch: Array, examples: int,
+    targets: int, lr: float, weight_decay: float = 0.0, momentum: float = 0.0, device_lr: Array | None = None,
+    grad_scale: Array | None = None, column_scale: Array | None = None, gpu: Gpu | None = None,
+) -> None: ...
+def exact_rows(
+    *, weight: Array, velocity: Array | None = None, state: Array, wide: bool = False, ids: Array, out: Array,
+    gpu: Gpu | None = None,
+) -> None: ...
+# Whatever "refused" says: the weights stay the same.
+def exact_consolidate(
+    *, weight: Array, velocity: Array | None = None, state: Array, wide: bool = False, gpu: Gpu | None = None
+) -> None: ...
+# squares [width * width] = R'R and sums [width] = R'1 of R = [weight | velocity], float64.
+def exact_gram(
+    *, weight: Array, velocity: Array | None = None, state: Array, wide: bool = False, squares: Array | None = None,
+    sums: Array | None = None, gpu: Gpu | None = None,
+) -> None: ...
+# out float64 [6]: steps since the rows were together, steps since exact_init, matrices of the log, rows fetched by
+# steps, rows that the log has multiplied, |weight|^2.
+def exact_diagnostics(
+    *, weight: Array, velocity: Array | None = None, state: Array, wide: bool = False, out: Array,
+    gpu: Gpu | None = None,
 ) -> None: ...

@@ -104,6 +104,12 @@ T atomicMax(T* at, T value) {
   return old;
 }
 template <class T>
+T atomicMin(T* at, T value) {
+  const T old = *at;
+  if (value < old) *at = value;
+  return old;
+}
+template <class T>
 T atomicCAS(T* at, T compare, T value) {
   const T old = *at;
   if (old == compare) *at = value;
@@ -165,7 +171,12 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr what, int) 
     }
     case cudaDevAttrComputeCapabilityMajor: *value = 9; break;
     case cudaDevAttrComputeCapabilityMinor: *value = 0; break;
-    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = 227 << 10; break;
+    // WIDEHEAD_EMULATED_SHARED: what a block is told that it may ask for.
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin: {
+      const char* text = std::getenv("WIDEHEAD_EMULATED_SHARED");
+      *value = text ? std::atoi(text) : 227 << 10;
+      break;
+    }
   }
   return cudaSuccess;
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,8 @@ from torch import Tensor, nn  # noqa: E402
 from widehead import Labels  # noqa: E402
 from widehead.torch import ExactHead, FusedRMSprop, FusedSGD, clip_grad_norm_  # noqa: E402
 
+only_cpu = pytest.mark.parametrize("device", ["cpu"], indirect=True)
+
 D, d, B = 53, 6, 5
 LOSSES: dict[str, dict[str, float]] = {
     "squared_error": {},
@@ -23,6 +25,21 @@ LOSSES: dict[str, dict[str, float]] = {
     "taylor_softmax": {},
     "z_loss": {"a": 0.7, "b": 1.5},
 }
+
+
+@pytest.fixture(autouse=True)
+def place(device: str) -> Iterator[None]:
+    """Tensors and modules of every test are made on its device."""
+    with torch.device(device):
+        yield
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator(torch.get_default_device()).manual_seed(seed)
+
+
+def here(array: Any) -> Tensor:
+    return torch.from_numpy(np.asarray(array)).to(torch.get_default_device())
 
 
 def make_head(loss: str = "squared_error", dtype: torch.dtype = torch.float64, **options: Any) -> ExactHead:
@@ -61,8 +78,11 @@ def make_labels(seed: int, rows: int = B, weights: bool = True) -> tuple[Labels,
     values = rng.uniform(0.5, 1.5, len(indices)).astype(np.float32) if weights else np.ones(len(indices), np.float32)
     indptr = np.concatenate([[0], np.cumsum(sizes)])
     dense = torch.zeros(rows, D, dtype=torch.float64)
-    dense[np.repeat(np.arange(rows), sizes), indices] = torch.from_numpy(values).double()
-    return Labels(indptr, indices, values if weights else None, D), dense
+    dense[here(np.repeat(np.arange(rows), sizes)), here(indices)] = here(values).double()
+    parts = [indptr, indices, values if weights else None]
+    if torch.get_default_device().type == "cuda":
+        parts = [None if part is None else here(part) for part in parts]
+    return Labels(*parts, D), dense
 
 
 def assert_near(got: Tensor, want: Tensor, tolerance: float = 1e-10) -> None:
@@ -122,7 +142,7 @@ class Pair:
 @pytest.mark.parametrize("options", [{}, {"momentum": 0.8, "weight_decay": 0.03}], ids=str)
 @pytest.mark.parametrize("loss", LOSSES)
 def test_steps_equal_torch_sgd_on_linear(loss: str, options: dict[str, float], bias: bool, multi: bool) -> None:
-    pair, generator = Pair(make_head(loss, bias=bias), **options), torch.Generator().manual_seed(1)
+    pair, generator = Pair(make_head(loss, bias=bias), **options), seeded(1)
     schedules = [torch.optim.lr_scheduler.StepLR(o, 7, 0.6) for o in (pair.mine, pair.theirs)]
     for i in range(25):
         x, target = make_batch(generator)
@@ -144,7 +164,7 @@ def test_steps_equal_torch_sgd_on_linear(loss: str, options: dict[str, float], b
 @pytest.mark.parametrize("options", [{}, {"momentum": 0.8, "weight_decay": 0.03}], ids=str)
 @pytest.mark.parametrize("loss", LOSSES)
 def test_several_backwards_are_one_step(loss: str, options: dict[str, float]) -> None:
-    pair, generator = Pair(make_head(loss, bias=True), **options), torch.Generator().manual_seed(1)
+    pair, generator = Pair(make_head(loss, bias=True), **options), seeded(1)
     for i in range(8):
         pair.zero_grad()
         for part in range(3):
@@ -159,7 +179,7 @@ def test_several_backwards_are_one_step(loss: str, options: dict[str, float]) ->
 def test_step_clears_and_nothing_is_no_step() -> None:
     head = make_head()
     optimizer = FusedSGD(head, lr=0.1)
-    hidden, target = make_batch(torch.Generator().manual_seed(1))
+    hidden, target = make_batch(seeded(1))
     head(hidden, target).loss.backward()
     assert head.diagnostics()["steps"] == 0
     optimizer.step()
@@ -174,7 +194,7 @@ def test_step_clears_and_nothing_is_no_step() -> None:
 
 
 def test_retain_graph_adds_up() -> None:
-    pair, (x, target) = Pair(make_head("taylor_softmax", bias=True)), make_batch(torch.Generator().manual_seed(1))
+    pair, (x, target) = Pair(make_head("taylor_softmax", bias=True)), make_batch(seeded(1))
     a, b = pair.hidden(x)
     counts = target >= 0
     mine = pair.head(a, target).loss
@@ -193,7 +213,7 @@ def test_retain_graph_adds_up() -> None:
 @pytest.mark.parametrize("form", ["labels", "csr", "tensors"])
 def test_forms_of_labels(form: str) -> None:
     labels, y = make_labels(3)
-    parts = [torch.from_numpy(np.asarray(part)) for part in (labels.indptr, labels.indices, labels.values)]
+    parts = [torch.as_tensor(part) for part in (labels.indptr, labels.indices, labels.values)]
     target: Any = labels
     if form == "csr":
         target = torch.sparse_csr_tensor(*parts, (B, D))
@@ -213,7 +233,7 @@ def test_reductions_and_outputs(loss: str, multi: bool, weighted: bool, reductio
     """Without an owner: losses and the gradient to hidden are those of nn.Linear, and nothing is trained."""
     head = make_head(loss, bias=True, reduction=reduction)
     linear = head.to_linear()
-    hidden, target = (t.reshape(2, 3, *t.shape[1:]) for t in make_batch(torch.Generator().manual_seed(4), 6))
+    hidden, target = (t.reshape(2, 3, *t.shape[1:]) for t in make_batch(seeded(4), 6))
     goal, y = (target, one_hot(target)) if not multi else make_labels(2, 6)
     y, counts = y.reshape(6, D), torch.ones(6).double() if multi else (target.reshape(-1) >= 0).double()
     weight = torch.linspace(0, 2, 6, dtype=torch.float32).reshape(2, 3) if weighted else None
@@ -262,7 +282,7 @@ NAMED: dict[str, Callable[..., Tensor]] = {
 def test_user_loss_equals_named(loss: str) -> None:
     mine, named = make_head(loss, bias=True), make_head(loss, bias=True)
     optimizers = [FusedSGD(head, lr=0.02, momentum=0.5) for head in (mine, named)]
-    generator = torch.Generator().manual_seed(2)
+    generator = seeded(2)
     for _ in range(10):
         hidden, target = make_batch(generator)
         a, b = (hidden.clone().requires_grad_() for _ in range(2))
@@ -284,9 +304,9 @@ def test_loss_of_implicit_feedback() -> None:
     mine, theirs = FusedSGD(head, lr=0.02), torch.optim.SGD(linear.parameters(), lr=0.02)
     for i in range(12):
         labels, w = make_labels(i)
-        hidden = torch.randn(B, d, dtype=torch.float64, generator=torch.Generator().manual_seed(i))
+        hidden = torch.randn(B, d, dtype=torch.float64, generator=seeded(i))
         A, q, _ = head.statistics(hidden, labels)
-        loss = (alpha * q.sum() + (torch.from_numpy(labels.values) * (A - 1) ** 2).sum()) / B
+        loss = (alpha * q.sum() + (torch.as_tensor(labels.values) * (A - 1) ** 2).sum()) / B
         o = linear(hidden)
         want = (alpha * (o**2).sum() + (w * (o - 1) ** 2).sum()) / B
         assert_near(loss, want)
@@ -305,7 +325,7 @@ def test_a_loss_of_the_gradients_of_some_only() -> None:
         linear = head.to_linear()
         mine, theirs = FusedSGD(head, lr=0.02), torch.optim.SGD(linear.parameters(), lr=0.02)
         labels, y = make_labels(1, weights=False)
-        hidden = torch.randn(B, d, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        hidden = torch.randn(B, d, dtype=torch.float64, generator=seeded(1))
         head.statistics(hidden, labels)[pick].sin().sum().backward()
         o = linear(hidden)
         theirs.zero_grad()
@@ -317,7 +337,7 @@ def test_a_loss_of_the_gradients_of_some_only() -> None:
 
 @pytest.mark.parametrize("max_norm", [0.01, 1e9])
 def test_clipping_over_backbone_and_head(max_norm: float) -> None:
-    pair, generator = Pair(make_head(bias=True), lr=0.05, momentum=0.5), torch.Generator().manual_seed(1)
+    pair, generator = Pair(make_head(bias=True), lr=0.05, momentum=0.5), seeded(1)
     for _ in range(6):
         x, target = make_batch(generator)
         pair.zero_grad()
@@ -338,7 +358,7 @@ def test_rmsprop_by_column(momentum: float) -> None:
     linear = head.to_linear()
     optimizer = FusedRMSprop(head, lr=0.003, alpha=0.9, eps=1e-6, weight_decay=0.1, momentum=momentum)
     second, velocity = torch.zeros(d + 1, dtype=torch.float64), torch.zeros(D, d + 1, dtype=torch.float64)
-    generator = torch.Generator().manual_seed(3)
+    generator = seeded(3)
     for _ in range(12):
         hidden, target = make_batch(generator)
         head(hidden, target).loss.backward()
@@ -358,7 +378,7 @@ def test_rmsprop_by_column(momentum: float) -> None:
 
 
 def test_momentum_goes_off_and_on() -> None:
-    pair, generator = Pair(make_head(bias=True)), torch.Generator().manual_seed(1)
+    pair, generator = Pair(make_head(bias=True)), seeded(1)
     for i in range(12):
         for optimizer in (pair.mine, pair.theirs):
             optimizer.param_groups[0]["momentum"] = 0.0 if i < 3 or 6 <= i < 9 else 0.8
@@ -373,7 +393,7 @@ def test_momentum_goes_off_and_on() -> None:
 def test_hidden_of_other_types(dtype: torch.dtype) -> None:
     head = make_head(dtype=torch.float32, bias=True)
     optimizer = FusedSGD(head, lr=0.1)
-    hidden, target = make_batch(torch.Generator().manual_seed(1))
+    hidden, target = make_batch(seeded(1))
     hidden = hidden.to(dtype).requires_grad_()
     wide = hidden.detach().double().requires_grad_()
     linear = head.to_linear().double()
@@ -392,11 +412,12 @@ def test_hidden_of_other_types(dtype: torch.dtype) -> None:
     assert_near(head.weight, linear.weight, 1e-5)
 
 
+@only_cpu
 @pytest.mark.parametrize("loss", LOSSES)
 def test_the_method_of_the_papers_gives_the_same(loss: str) -> None:
     heads = [make_head(loss, method=method, bias=True) for method in ("blocked", "woodbury")]
     for head in heads:
-        generator, optimizer = torch.Generator().manual_seed(5), FusedSGD([head], lr=0.02, weight_decay=0.01)
+        generator, optimizer = seeded(5), FusedSGD([head], lr=0.02, weight_decay=0.01)
         for _ in range(30):
             hidden, target = make_batch(generator)
             head(hidden, target).loss.backward()

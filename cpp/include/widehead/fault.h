@@ -20,6 +20,8 @@ enum class Fault : std::int64_t {
   row_order,    // a row below the one before it, `limit`, or after padding
   index_range,  // an input of a sparse layer outside [0, limit)
   index_order,  // one that is not above the one before it, `limit`
+  stale_batch,  // a batch of the exact head from before a step, or without its gradient
+  log_full,     // the exact head has taken `value` steps of `limit` since its rows were brought together
 };
 
 enum class Argument : std::int64_t {
@@ -35,6 +37,15 @@ enum class Argument : std::int64_t {
   grad_bias,
   exclude,
   index,
+  batch,
+  weight,
+  velocity,
+  grad_A,
+  grad_q,
+  grad_s,
+  lr,
+  grad_scale,
+  column_scale,
 };
 const char* name_of(Argument argument);
 

@@ -5,6 +5,7 @@
 #include "widehead/dense.h"
 #include "widehead/error.h"
 #include "widehead/exact.h"
+#include "widehead/exact_device.h"
 #include "widehead/fault.h"
 #include "widehead/isa.h"
 #include "widehead/labels.h"

@@ -3,6 +3,7 @@
 #include <string>
 
 #include "widehead/dense.h"
+#include "widehead/exact_device.h"
 #include "widehead/ranges.h"
 #include "widehead/rewire.h"
 #include "widehead/rows.h"
@@ -49,6 +50,25 @@ void draw_index(void* index, Dtype dtype, std::int64_t stride, std::int64_t grou
                 std::int64_t in_features, std::uint64_t seed, std::int64_t first_row, const Device& device);
 void check_index(const SparseIndex& index, std::int64_t groups, std::int64_t fan_in, std::int64_t in_features,
                  const Device& device);
+
+std::int64_t exact_state_bytes(const ExactDevice& head);
+std::int64_t exact_batch_bytes(const ExactDevice& head, std::int64_t examples, std::int64_t targets);
+std::int64_t exact_init_scratch(const ExactDevice& head);
+std::int64_t exact_consolidate_scratch(const ExactDevice& head);
+void exact_init(const ExactDevice& head);
+void exact_forward(const ExactForward& args);
+void exact_backward(const ExactBackward& args);
+void exact_gradient(const ExactGradient& args);
+void exact_step(const ExactDeviceStep& args);
+void exact_rows(const ExactRows& args);
+void exact_consolidate(const ExactDevice& head);
+void exact_gram(const ExactDevice& head, double* squares, double* sums);
+void exact_diagnostics(const ExactDevice& head, double* numbers);
+void spherical_loss(const SphericalLossDevice& args);
+std::int64_t scratch_bytes(const ExactGradient& args);
+std::int64_t scratch_bytes(const ExactDeviceStep& args);
+std::int64_t scratch_bytes(const ExactRows& args);
+std::int64_t scratch_bytes(const SphericalLossDevice& args);
 
 void set_cublas_path(const std::string& path);
 

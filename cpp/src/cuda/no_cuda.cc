@@ -45,6 +45,24 @@ void draw_index(void*, Dtype, std::int64_t, std::int64_t, std::int64_t, std::int
   refuse();
 }
 void check_index(const SparseIndex&, std::int64_t, std::int64_t, std::int64_t, const Device&) { refuse(); }
+std::int64_t exact_state_bytes(const ExactDevice&) { refuse(); }
+std::int64_t exact_batch_bytes(const ExactDevice&, std::int64_t, std::int64_t) { refuse(); }
+std::int64_t exact_init_scratch(const ExactDevice&) { refuse(); }
+std::int64_t exact_consolidate_scratch(const ExactDevice&) { refuse(); }
+void exact_init(const ExactDevice&) { refuse(); }
+void exact_forward(const ExactForward&) { refuse(); }
+void exact_backward(const ExactBackward&) { refuse(); }
+void exact_gradient(const ExactGradient&) { refuse(); }
+void exact_step(const ExactDeviceStep&) { refuse(); }
+void exact_rows(const ExactRows&) { refuse(); }
+void exact_consolidate(const ExactDevice&) { refuse(); }
+void exact_gram(const ExactDevice&, double*, double*) { refuse(); }
+void exact_diagnostics(const ExactDevice&, double*) { refuse(); }
+void spherical_loss(const SphericalLossDevice&) { refuse(); }
+std::int64_t scratch_bytes(const ExactGradient&) { refuse(); }
+std::int64_t scratch_bytes(const ExactDeviceStep&) { refuse(); }
+std::int64_t scratch_bytes(const ExactRows&) { refuse(); }
+std::int64_t scratch_bytes(const SphericalLossDevice&) { refuse(); }
 void set_cublas_path(const std::string&) {}  // harmless: there is nothing to find
 
 }  // namespace widehead::cuda

@@ -45,6 +45,13 @@ def scratch(n: int, device: torch.device) -> Tensor:
     return torch.empty(n, dtype=torch.int64, device=device)
 
 
+def aligned(n: int, device: torch.device) -> Tensor:
+    """int64 `[n]` to keep, aligned to 256 bytes wherever it lies."""
+    room = torch.empty(n + 32, dtype=torch.int64, device=device)
+    first = -room.data_ptr() % 256 // 8
+    return room[first : first + n]
+
+
 def gpu_of(tensor: Tensor, refused: Tensor | None = None, faults: Tensor | None = None) -> Gpu | None:
     """What the core takes as `gpu` for a call on the tensor's device; None on the CPU.
 

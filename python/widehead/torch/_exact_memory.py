@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from widehead import _core
 from widehead._core import Error
 from widehead.options import ExactOptions
 
-from ._device import capsule
-from ._glue import follow_threads
+from . import _device
+from ._device import on_gpu
+from ._exact_device import DeviceCore
+from ._exact_host import HostCore
 
 
 def joined(parts: list[Tensor]) -> Tensor | None:
@@ -59,7 +60,6 @@ class ExactMemory:
 
     Attributes:
         core: the state. retired: it is the head's no more.
-        overflow: a gradient that should be pending is not finite, under a GradScaler.
     """
 
     def __init__(self, parameters: list[Tensor], velocities: list[Tensor], options: ExactOptions) -> None:
@@ -67,10 +67,12 @@ class ExactMemory:
         self._parameters, self._velocities = parameters, velocities
         matrix, velocity = joined(parameters), joined(velocities) if velocities else None
         assert matrix is not None and (velocity is not None or not velocities)
-        follow_threads()
-        self.core: Any = _core.ExactState(capsule(matrix), capsule(velocity), **options.method_arguments())
-        self.retired = self.overflow = False
+        kind = DeviceCore if on_gpu(matrix) else HostCore
+        self.core: HostCore | DeviceCore = kind(matrix, velocity, options)
+        self.retired = False
         self._settled = True
+        # A step was captured in a CUDA graph: whether the tensors hold the weights, the host does not know.
+        self._replayable = False
         self._record()
 
     @property
@@ -100,29 +102,55 @@ class ExactMemory:
 
     def consolidate(self) -> None:
         """Makes the tensors hold weights and velocities."""
-        if self._settled:
+        if self._settled and not self._replayable:
             return
         if self.edited():
-            raise Error(
-                "weight was written to through a reference from before the last step, when it held a factor of the "
-                "weights: take head.weight anew before writing to it; load_state_dict() makes the head whole again"
-            )
-        follow_threads()
+            if not self._holds_weights():
+                raise Error(
+                    "weight was written to through a reference from before the last step, when it held a factor of the "
+                    "weights: take head.weight anew before writing to it; load_state_dict() makes the head whole again"
+                )
+            if not self.core.pending():
+                self.refresh()
+            return
         self.core.consolidate()
         self._settled = True
+        self._watch()
 
-    def step(self, **how: Any) -> None:
-        follow_threads()
-        self.core.step(**how)
+    @property
+    def refreshable(self) -> bool:
+        """Whether it can start again in the same place: on a GPU, as captured graphs have its address."""
+        return isinstance(self.core, DeviceCore)
+
+    def refresh(self) -> bool:
+        """Starts again from what the tensors hold, without the gradient that waits; False: it cannot."""
+        if not isinstance(self.core, DeviceCore):
+            return False
+        self.core.drop_pending()
+        self.core.refresh()
+        self._settled = True
+        self._watch()
+        self._record()
+        return True
+
+    def step(self, **how: Any) -> Tensor | int:
+        """Takes the step; returns whether it counts."""
+        taken = self.core.step(**how)
         self._settled = False
+        self._watch()
         for tensor in self._parameters + self._velocities:
             if not tensor.is_inference():
                 torch.autograd.graph.increment_version(tensor)  # a graph that has kept it must not be walked any more
         self._record()
+        return taken
 
-    def drop_pending(self) -> None:
-        self.overflow = False
-        self.core.zero_grad()
+    def _watch(self) -> None:
+        self._replayable = self._replayable or _device.capturing(self._parameters[0].device)
+
+    def _holds_weights(self) -> bool:
+        if not self._replayable or not isinstance(self.core, DeviceCore):
+            return self._settled
+        return self.core.steps_in_log() == 0
 
     def _record(self) -> None:
         tensors = self._parameters + self._velocities

@@ -37,7 +37,7 @@ def most_probable(
     low, least = ops.dense_topk(-rows, weight, None if bias is None else -bias, 0.0, k, exclude_indptr, exclude_indices)
     scores, classes = torch.cat([high, -low], -1), torch.cat([most, least], -1)
     # Each class from one of the two lists only; the rest goes to the end.
-    upper = torch.arange(2 * k) < k
+    upper = torch.arange(2 * k, device=scores.device) < k
     rank = torch.where((scores >= LEAST[loss]) == upper, (scores - LEAST[loss]).abs(), -torch.inf)
     rank = torch.where((classes < 0) | rank.isnan(), -torch.inf, rank)
     by_class = classes.argsort(dim=-1, stable=True)

@@ -82,6 +82,14 @@ def fused_backward(owner: Owner, backward: Any, grad_hidden: Tensor | None, laye
     return True
 
 
+def scale_on(scaler: Any, device: torch.device) -> Tensor:
+    """The scale of a GradScaler, 0-d on the device, without waiting."""
+    scale = scaler._get_scale_async()  # None until its first use
+    if scale is None:
+        return torch.full((), scaler.get_scale(), dtype=torch.float32, device=device)
+    return scale.to(device, non_blocking=True)
+
+
 class DeviceStep:
     """A fused step on a GPU, where nothing is waited for: whether it is refused is known to the device alone.
 
@@ -96,10 +104,7 @@ class DeviceStep:
         self.scale = self.inverse = self._record = None
         if (scaler := owner.scaler()) is None:
             return
-        scale = scaler._get_scale_async()  # None until its first use
-        if scale is None:
-            scale = torch.full((), scaler.get_scale(), dtype=torch.float32, device=self.device)
-        self.scale = scale.to(self.device, non_blocking=True)
+        self.scale = scale_on(scaler, self.device)
         self.inverse = self.scale.double().reciprocal().float()
         # An overflow is nothing to complain of under a scaler.
         self._record = torch.zeros(NUMBERS, dtype=torch.int64, device=self.device)

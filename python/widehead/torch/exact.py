@@ -9,19 +9,19 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from widehead import _core
-from widehead._core import BackendError, DtypeError, Error, LabelError
+from widehead._core import BackendError, DtypeError, Error
 from widehead.options import EXACT_LOSSES, ExactOptions
 
-from . import _device, ops
-from ._device import capsule
+from . import ops
+from ._device import on_gpu
+from ._exact_goal import Goal
 from ._exact_memory import ExactMemory, join, joined, views
 from ._exact_queries import class_log_prob, most_probable
-from ._glue import follow_threads, sum_dtype
+from ._glue import sum_dtype
 from ._head import Head, HeadOutput, HeadOutputLse, check, checked_seed
 from ._owner import Owner
-from ._target import Target, parse_target
-from .exact_ops import Goal, Job, SphericalLoss, Statistics
+from ._target import parse_target
+from .exact_ops import Job, SphericalLoss, Statistics
 from .heads import DenseHead
 
 SOFTMAXES = ("spherical_softmax", "taylor_softmax")
@@ -83,7 +83,11 @@ class ExactHead(Head):
     copies, `to` and queries over all classes (`topk`, `scores`) bring the rows together first, in one pass over them;
     `rows`, `materialise` and training never do. So take `head.weight` anew to look at it or to write to it: a reference
     (or a state_dict) from before a step does not hold the weights after it, and no other module can share the
-    parameter. Writing to `head.weight` is seen, but not through `.data`. On the CPU so far.
+    parameter. Writing to `head.weight` is seen, but not through `.data`.
+
+    On a GPU nothing waits, errors of values come later (`check`), a block is one step, and there is no "woodbury". A
+    whole step (forward, backward, step()) can be captured in a CUDA graph, after one outside of it; `head.weight` and
+    the rest are right between replays. Weights written to between replays: call `consolidate` before the next one.
     """
 
     kind: ClassVar[str] = "ExactHead"
@@ -147,10 +151,11 @@ class ExactHead(Head):
             seed: None keeps the head's own.
         """
         self.seed = self.seed if seed is None else checked_seed(seed)
-        self._leave()
+        self._open()
         self._fill(self._stored(), 0)
         for bias in self._parts()[1:]:
             bias.zero_()
+        self._close()
 
     def forward(
         self, hidden: Tensor, target: Any, sample_weight: Tensor | None = None, *, return_lse: bool = False
@@ -176,7 +181,7 @@ class ExactHead(Head):
         check(not return_lse, f"return_lse: expected False with loss={self.loss!r}, got True")
         rows, batch = self._rows(hidden)
         labels = parse_target(target, batch, self.n_classes, hidden.device)
-        goal = self._goal(labels)
+        goal = Goal.of(labels, self.n_classes, self.ignore_index)
         A, q, s = self._moments(rows, goal)
         losses = SphericalLoss.apply(A, q, s, goal, self.n_classes, self.options.loss_arguments())
         scale = self._scale(goal, len(rows), sample_weight, batch)
@@ -213,39 +218,39 @@ class ExactHead(Head):
             where q and s are those of the example all the same.
         """
         rows, batch = self._rows(hidden)
-        goal = self._goal(parse_target(target, batch, self.n_classes, hidden.device))
+        labels = parse_target(target, batch, self.n_classes, hidden.device)
+        goal = Goal.of(labels, self.n_classes, self.ignore_index)
         A, q, s = self._moments(rows, goal)
-        if goal.valid is not None:
-            A = A.new_zeros(len(rows)).masked_scatter(goal.valid, A)
-        single = goal.valid is not None or goal.indptr is None
-        return Moments(A.reshape(batch) if single else A, q.reshape(batch), s.reshape(batch))
+        if goal.single:
+            A = goal.by_example(A).reshape(batch)
+        return Moments(A, q.reshape(batch), s.reshape(batch))
 
     @torch.no_grad()
     def grad_norm(self) -> Tensor:
         """The norm of the gradient of all weights and biases that waits for step(): 0-d float64, exact, without any of
         its elements. Infinity after an overflow under a GradScaler.
         """
-        memory = self._memory
-        if memory is None:
-            return torch.zeros((), dtype=torch.float64)
-        norm2 = torch.inf if memory.overflow else memory.core.grad_norm2()
-        return torch.tensor(max(0.0, norm2), dtype=torch.float64).sqrt()
+        if self._memory is None:
+            return torch.zeros((), dtype=torch.float64, device=self._stored().device)
+        return self._memory.core.grad_norm()
 
     def grad_columns(self) -> Tensor:
         """The mean square of each column of that gradient: float64 `[in_features]`, with a bias one more."""
-        out = torch.zeros(self._width, dtype=torch.float64)
-        if self._memory is not None:
-            self._memory.core.grad_columns(capsule(out))
-        return out
+        if self._memory is None:
+            return torch.zeros(self._width, dtype=torch.float64, device=self._stored().device)
+        return self._memory.core.grad_columns()
 
-    def scale_grad(self, factor: float) -> None:
+    def scale_grad(self, factor: float | Tensor) -> None:
         """Multiplies the gradient that waits for step().
 
+        Args:
+            factor: a number; or 0-d on a GPU, which is not waited for.
+
         Raises:
-            ShapeError: factor is not finite.
+            ShapeError: factor is a number that is not finite.
         """
         if self._memory is not None:
-            self._memory.core.scale_grad(float(factor))
+            self._memory.core.scale_grad(factor if isinstance(factor, Tensor) else float(factor))
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forgets the gradient that waits for step(), as the optimiser's zero_grad() does. (That of a module around the
@@ -253,7 +258,7 @@ class ExactHead(Head):
         """
         super().zero_grad(set_to_none)
         if self._memory is not None:
-            self._memory.drop_pending()
+            self._memory.core.drop_pending()
 
     def rows(self, ids: Any) -> Tensor:
         """The weights of some classes as they are now: `[n, in_features]`, a copy. The others stay as they lie.
@@ -261,21 +266,20 @@ class ExactHead(Head):
         Args:
             ids: int64 `[n]`, or a sequence of integers.
         """
-        wanted = torch.as_tensor(ids, dtype=torch.int64).reshape(-1).contiguous()
-        memory = self._exact()
-        out = torch.empty(len(wanted), self._width, dtype=self._stored().dtype)
-        follow_threads()
-        memory.core.rows(capsule(wanted), capsule(out))
+        memory, weight = self._exact(), self._stored()
+        wanted = torch.as_tensor(ids, dtype=torch.int64, device=weight.device).reshape(-1).contiguous()
+        out = torch.empty(len(wanted), self._width, dtype=weight.dtype, device=weight.device)
+        memory.core.rows(wanted, out)
         return out[:, : self.in_features]
 
     def materialise(self, lo: int, hi: int) -> Tensor:
         """The weights of the classes lo .. hi - 1: `[hi - lo, in_features]`, a copy."""
         check(0 <= lo <= hi <= self.n_classes, f"lo, hi: expected 0 <= lo <= hi <= {self.n_classes}, got {lo}, {hi}")
-        return self.rows(torch.arange(lo, hi))
+        return self.rows(torch.arange(lo, hi, device=self._stored().device))
 
     def diagnostics(self) -> dict[str, float]:
-        """How the state is: steps, blocks, live matrices, rows in work, rows fetched and moved, the relative error of
-        W'W on a probe (a pass over all rows), |W|^2.
+        """How the state is: steps, blocks, live matrices, rows in work (not on a GPU), rows fetched and moved, the
+        relative error of W'W on a probe (a pass over all rows), |W|^2. Waits for a GPU.
         """
         return self._exact().core.diagnostics()
 
@@ -286,8 +290,7 @@ class ExactHead(Head):
         """
         check(self.loss in SOFTMAXES, f"log_prob: expected spherical_softmax or taylor_softmax, got loss={self.loss!r}")
         rows, batch = self._rows(hidden)
-        nobody = Goal(torch.zeros(len(rows) + 1, dtype=torch.int64), torch.zeros(0, dtype=torch.int64), None, None)
-        _, q, s = self._moments(rows, nobody)
+        _, q, s = self._moments(rows, Goal.nobody(len(rows), rows.device))
         scores = self.scores(hidden, classes)
         q, s = q.reshape(*batch, 1), s.reshape(*batch, 1)
         return class_log_prob(self.options.loss_arguments(), self.n_classes, scores, q, s)
@@ -340,6 +343,7 @@ class ExactHead(Head):
         check(n_classes >= self.n_classes, f"n_classes: expected at least {self.n_classes}, got {n_classes}")
         if self._pending:
             raise Error("grow: a gradient waits for the optimiser: call its step() or zero_grad() first")
+        self.check()
         self._leave()
         old, self.n_classes = self.n_classes, int(n_classes)
         parts = self._parts()
@@ -353,34 +357,28 @@ class ExactHead(Head):
         if self._owner is not None:
             self._owner.optimizer.grow(self._owner)
 
-    def take_step(self, **how: Any) -> bool:
-        """Called by the optimiser's step(): the update by the gradient that waits, `how` as `_core.ExactState.step` has
-        it. False: there is none.
+    def take_step(self, **how: Any) -> Tensor | int | None:
+        """Called by the optimiser's step(): the update by the gradient that waits, `how` as the core's step has it.
+        Returns what it counts, on a GPU 0-d: 0 where it was refused. None: there is nothing to take.
         """
-        if not self._pending:
-            return False
-        self._exact().step(**how)
-        return True
+        return self._exact().step(**how) if self._pending else None
 
     @property
-    def spoilt(self) -> bool:
-        """Whether an overflow under a GradScaler has spoilt the gradient that waits."""
-        return self._memory is not None and self._memory.overflow
+    def spoilt(self) -> Tensor | bool | None:
+        """Whether what waits was spoilt by an overflow under a GradScaler; on a GPU 0-d or None, and without those that
+        the report to the scaler tells of.
+        """
+        return self._memory is not None and self._memory.core.spoilt
 
     def spoil_grad(self, norm: Tensor) -> None:
         """The gradient that waits belongs to one of the norm NaN or infinity: under a GradScaler its step is skipped.
+        On a GPU the norm, 0-d, may also be finite, and nothing happens then.
 
         Raises:
-            NonFiniteError: no scaler.
+            NonFiniteError: no scaler. On a GPU it is recorded.
         """
-        if self._memory is None or not self._pending:
-            return
-        if self._owner is None or self._owner.scaler() is None:
-            raise _core.NonFiniteError(
-                f"clip_grad_norm_: the norm of the gradients is {float(norm)}; an exact head cannot take such a step: "
-                "call zero_grad()"
-            )
-        self._memory.overflow = True
+        if self._memory is not None and self._pending:
+            self._memory.core.spoil(norm, self._owner is not None and self._owner.scaler() is not None)
 
     def enter_ownership(self, owner: Owner) -> None:
         self._leave()
@@ -415,21 +413,28 @@ class ExactHead(Head):
             )
         if parts[0].is_meta:
             raise BackendError("weight is on the meta device: call to_empty(device=...) first")
-        if parts[0].device.type != "cpu" or _device.on_gpu(parts[0]):
-            raise BackendError(f"ExactHead: on the CPU so far, the weights are on {parts[0].device}")
+        if parts[0].device.type != "cpu" and not on_gpu(parts[0]):
+            raise BackendError(f"ExactHead: on the CPU and on CUDA, the weights are on {parts[0].device}")
         owner = self._owner
         velocities = [] if owner is None else owner.optimizer.velocities(owner)
         memory = self._memory
         if memory is not None:
-            if memory.lies_in(parts, velocities) and not memory.edited():
+            here = memory.lies_in(parts, velocities)
+            if here and not memory.edited():
                 return memory
             if memory.core.pending():
                 raise Error(
                     "the weights, their velocities or the momentum were changed while a gradient waits for the "
                     "optimiser's step(): forget it with zero_grad(), and run the forward pass again"
                 )
+            memory.consolidate()
+            if here and memory.refresh():
+                return memory
             self._leave()
         with torch.inference_mode(False), torch.no_grad():
+            if owner is not None:
+                owner.optimizer.follow(owner)
+                velocities = owner.optimizer.velocities(owner)
             if joined(parts) is None:
                 for part, view in zip(parts, views(join(parts), len(parts)), strict=True):
                     part.data = view
@@ -458,6 +463,26 @@ class ExactHead(Head):
             if not lost:
                 raise
 
+    def _open(self, lost: bool = False) -> None:
+        """Makes the parameters hold the weights, and forgets the gradient that waits, for the caller to write to them.
+        lost: see `_leave`.
+        """
+        memory = self._memory
+        if memory is None or not memory.refreshable:
+            self._leave(lost)
+            return
+        memory.core.drop_pending()
+        try:
+            memory.consolidate()
+        except Error:
+            if not lost:
+                raise
+
+    def _close(self) -> None:
+        """After `_open`: takes over what the parameters hold, where the core's state stays."""
+        if self._memory is not None:
+            self._memory.refresh()
+
     def _moments(self, rows: Tensor, goal: Goal) -> tuple[Tensor, Tensor, Tensor]:
         memory = self._exact()
         train = self._owner is not None and self.training and torch.is_grad_enabled()
@@ -466,26 +491,10 @@ class ExactHead(Head):
             rows = nn.functional.pad(rows, (0, 1), value=1.0)
         return Statistics.apply(rows, self._anchor if train else None, Job(memory, goal, train, scaler))
 
-    def _goal(self, labels: Target) -> Goal:
-        if labels.indptr is not None:
-            return Goal(*labels, None)
-        classes = labels.indices
-        valid = classes != self.ignore_index
-        bad = valid & ((classes < 0) | (classes >= self.n_classes))
-        if bad.any():
-            at = int(bad.nonzero()[0])
-            raise LabelError(
-                f"target: expected a class in [0, {self.n_classes}) or the ignore_index {self.ignore_index}, got "
-                f"{int(classes[at])} at position {at}"
-            )
-        if valid.all():
-            return Goal(None, classes, None, None)
-        indptr = nn.functional.pad(valid.cumsum(0), (1, 0))
-        return Goal(indptr, classes[valid], None, valid)
-
     def _scale(self, goal: Goal, n: int, sample_weight: Tensor | None, batch: torch.Size) -> Tensor:
         """What each example's loss is multiplied by, `[B]`."""
-        scale = torch.ones(n, dtype=torch.float64) if goal.valid is None else goal.valid.double()
+        device = goal.indices.device
+        scale = torch.ones(n, dtype=torch.float64, device=device) if goal.valid is None else goal.valid.double()
         if sample_weight is not None:
             check(
                 sample_weight.shape == batch and sample_weight.is_floating_point(),
@@ -529,15 +538,19 @@ class ExactHead(Head):
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *more: Any) -> None:
-        self._leave(lost=all(prefix + name in state_dict for name, p in self._parameters.items() if p is not None))
+        self._open(lost=all(prefix + name in state_dict for name, p in self._parameters.items() if p is not None))
         super()._load_from_state_dict(state_dict, prefix, *more)
+        self._close()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Head:
         dtype = fn(self._stored().new_empty(0)).dtype
         if dtype not in (torch.float32, torch.float64):
             raise DtypeError(f"weight: expected float32 or float64 weights of an exact head, got {dtype}")
         self._leave()
-        return super()._apply(fn, recurse)
+        super()._apply(fn, recurse)
+        if self._anchor is not None and not self._stored().is_meta:
+            self._anchor.data = self._anchor.data.to(self._stored().device)
+        return self
 
     def __getstate__(self) -> dict[str, Any]:
         self.consolidate()

@@ -2,43 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
 from widehead import _core
-from widehead._core import Error, NonFiniteError
+from widehead._core import Error
 
-from ._device import capsule
+from ._device import capsule, gpu_of
+from ._exact_goal import Goal
 from ._exact_memory import ExactMemory
-from ._glue import follow_threads, rows
-
-HALVES = (torch.bfloat16, torch.float16)
-
-
-class Goal(NamedTuple):
-    """The targets that count, as the core takes them; `valid` `[B]` where some examples have none, else None."""
-
-    indptr: Tensor | None
-    indices: Tensor
-    values: Tensor | None
-    valid: Tensor | None
-
-    def capsules(self) -> dict[str, Any]:
-        named = {"indptr": self.indptr, "indices": self.indices, "values": self.values}
-        return {name: capsule(tensor) for name, tensor in named.items()}
-
-    def spread(self, examples: Tensor) -> Tensor:
-        """A number an example `[B]` as one a target `[nnz]`."""
-        return examples if self.indptr is None else examples.repeat_interleave(self.indptr.diff())
-
-    def gather(self, numbers: Tensor, n: int) -> Tensor:
-        """The sums over each example's targets, `[B]`."""
-        if self.indptr is None:
-            return numbers
-        return numbers.new_zeros(n).index_add(0, self.spread(torch.arange(n)), numbers)
 
 
 class Job:
@@ -47,59 +22,29 @@ class Job:
     Args:
         train: backward adds the batch's gradient to what the next step takes.
         scaler: the GradScaler whose scale the gradients have, or None.
+
+    Attributes:
+        batch: what the core's forward pass has kept; time: of the core, then.
     """
 
     def __init__(self, memory: ExactMemory, goal: Goal, train: bool, scaler: Any | None) -> None:
         self.memory, self.goal, self.train, self.scaler = memory, goal, train, scaler
         self.batch: Any = None
+        self.time = 0
 
     def forward(self, hidden: Tensor, A: Tensor, q: Tensor, s: Tensor) -> None:
-        if not len(hidden):
-            return
-        follow_threads()
-        outputs = {"A": capsule(A), "q": capsule(q), "s": capsule(s)}
-        try:
-            self.batch = self.memory.core.forward(
-                hidden=capsule(rows(hidden)), **self.goal.capsules(), train=self.train, **outputs
-            )
-        except NonFiniteError:
-            # What a GradScaler is there for: the step is skipped, without a word.
-            if self.scaler is None or bool(torch.isfinite(hidden).all()):
-                raise
-            for tensor in (A, q, s):
-                tensor.fill_(torch.nan)
+        if len(hidden):
+            self.batch = self.memory.core.forward(self, hidden, A, q, s)
 
-    def backward(self, grads: dict[str, Tensor], grad_hidden: Tensor | None) -> bool:
-        """False: an overflow under the scaler; nothing is added, grad_hidden is NaN."""
+    def backward(self, grads: dict[str, Tensor], grad_hidden: Tensor | None) -> Tensor:
+        """Returns the report to the scaler, 0-d: 0, or infinity after an overflow; then nothing is added, and
+        grad_hidden is NaN.
+        """
         if self.train:
             if self.memory.retired:
                 raise Error("the head's weights were moved, replaced or written to since this batch's forward pass")
             self.memory.check_unedited()
-        follow_threads()
-        scale = 1.0 if self.scaler is None else float(self.scaler.get_scale())
-        wide = grad_hidden
-        if grad_hidden is not None and scale != 1.0 and grad_hidden.dtype in HALVES:
-            wide = torch.empty_like(grad_hidden, dtype=torch.float32)
-        if scale != 1.0:
-            grads = {name: g / scale for name, g in grads.items()}
-        try:
-            if self.batch is None:
-                raise NonFiniteError("hidden: not finite")
-            self.memory.core.backward(
-                self.batch,
-                **{name: capsule(g.contiguous()) for name, g in grads.items()},
-                grad_hidden=capsule(wide),
-            )
-        except NonFiniteError:
-            if self.train and self.scaler is None:
-                raise
-            if grad_hidden is not None:
-                grad_hidden.fill_(torch.nan)
-            return False
-        if grad_hidden is None or wide is None or scale == 1.0:
-            return self.scaler is None or grad_hidden is None or bool(torch.isfinite(grad_hidden).all())
-        grad_hidden.copy_(wide.mul_(scale))
-        return bool(torch.isfinite(grad_hidden).all())
+        return self.memory.core.backward(self, grads, grad_hidden)
 
 
 class Statistics(Function):
@@ -107,8 +52,8 @@ class Statistics(Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, anchor: Tensor | None, job: Job) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
-        A = torch.empty(len(job.goal.indices), dtype=torch.float64)
-        q, s = (torch.empty(len(hidden), dtype=torch.float64) for _ in range(2))
+        sizes = (len(job.goal.indices), len(hidden), len(hidden))
+        A, q, s = (torch.empty(n, dtype=torch.float64, device=hidden.device) for n in sizes)
         job.forward(hidden.detach(), A, q, s)
         ctx.save_for_backward(hidden)  # torch says when the graph is gone, or hidden was written to
         ctx.job = job
@@ -119,12 +64,10 @@ class Statistics(Function):
         _refuse_graph()
         (hidden,), job = ctx.saved_tensors, ctx.job
         grad_hidden = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
-        report = torch.zeros((), dtype=torch.float32) if job.train else None
-        grads = {"grad_A": grad_A, "grad_q": grad_q, "grad_s": grad_s}
-        if len(hidden) and not job.backward(grads, grad_hidden) and report is not None:
-            job.memory.overflow = True
-            report.fill_(torch.inf)
-        return grad_hidden, report, None
+        if not len(hidden):
+            return grad_hidden, torch.zeros((), device=hidden.device) if job.train else None, None
+        report = job.backward({"grad_A": grad_A, "grad_q": grad_q, "grad_s": grad_s}, grad_hidden)
+        return grad_hidden, report if job.train else None, None
 
 
 class SphericalLoss(Function):
@@ -143,6 +86,7 @@ class SphericalLoss(Function):
                 **{name: capsule(x.contiguous()) for name, x in (("A", A), ("q", q), ("s", s))},
                 losses=capsule(losses),
                 **{f"grad_{name}": capsule(g) for name, g in zip("Aqs", grads, strict=True)},
+                gpu=gpu_of(q),
             )
         ctx.save_for_backward(*grads)
         ctx.goal = goal

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from widehead._core import NonFiniteError
 
-from ._device import capsule
+from ._device import on_gpu
 from ._head import Head, check
 from ._owner import Owner
 from .exact import ExactHead
@@ -57,17 +57,21 @@ class FusedRMSprop(FusedOptimizer):
     def _moments(self, group: dict[str, Any]) -> tuple[str, ...]:
         return ("momentum_buffer",) if group["momentum"] else ()
 
-    def _take_step(self, owner: Owner) -> bool:
+    def _take_step(self, owner: Owner, refused: Tensor | None) -> Tensor | int | None:
         head, group = owner.head, self.param_groups[owner.group_index]
         assert isinstance(head, ExactHead)
         columns, state = head.grad_columns(), self._state_of(head._stored())
-        before = state.get("square_avg", torch.zeros_like(columns))
+        before = state.get("square_avg")
+        if before is None:
+            before = torch.zeros_like(columns)
         after = group["alpha"] * before + (1 - group["alpha"]) * columns
-        scale = capsule(1.0 / (after.sqrt() + group["eps"]))
-        taken = head.take_step(**exact_step(group), column_scale=scale)
-        if taken:
+        scale = 1.0 / (after.sqrt() + group["eps"])
+        applied = head.take_step(**exact_step(group, head._stored()), column_scale=scale, refused=refused)
+        if isinstance(applied, Tensor):  # in place: a captured graph has its address
+            state["square_avg"] = before.copy_(torch.where(applied != 0, after, before))
+        elif applied:
             state["square_avg"] = after
-        return taken
+        return applied
 
 
 def clip_grad_norm_(
@@ -89,7 +93,8 @@ def clip_grad_norm_(
         the norm before, 0-d float64.
 
     Raises:
-        NonFiniteError: the norm is NaN or infinite, with error_if_nonfinite, or with a head that no GradScaler guards.
+        NonFiniteError: the norm is NaN or infinite, with error_if_nonfinite, or with a head that no GradScaler guards;
+            on a GPU that comes later, from step() or `head.check()`, and the head's step is refused.
     """
     exact = [heads] if isinstance(heads, Head) else list(heads)
     check(
@@ -99,18 +104,25 @@ def clip_grad_norm_(
     check(float(max_norm) >= 0, f"max_norm: expected at least 0, got {max_norm}")
     given = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     grads = [p.grad for p in given if p.grad is not None]
+    place = next((w.device for w in (head._stored() for head in exact) if on_gpu(w)), torch.device("cpu"))
+    waits = error_if_nonfinite or not any(on_gpu(head._stored()) for head in exact)
     with torch.no_grad():
-        norms = [torch.linalg.vector_norm(g.detach()).double().cpu() for g in grads] + [h.grad_norm() for h in exact]
-        total = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros((), dtype=torch.float64)
-        if not torch.isfinite(total):
+        norms = [torch.linalg.vector_norm(g.detach()).double() for g in grads] + [head.grad_norm() for head in exact]
+        there = [norm.to(place, non_blocking=True) for norm in norms]
+        total = torch.linalg.vector_norm(torch.stack(there)) if there else torch.zeros((), dtype=torch.float64)
+        if waits and not torch.isfinite(total):
             if error_if_nonfinite:
                 raise NonFiniteError(f"clip_grad_norm_: the norm of the gradients is {float(total)}")
             for head in exact:
                 head.spoil_grad(total)
             return total
-        factor = min(1.0, float(max_norm) / (float(total) + 1e-6))
+        factor = (float(max_norm) / (total + 1e-6)).clamp(max=1.0)
+        if not waits:
+            for head in exact:
+                head.spoil_grad(total)
+            factor = torch.where(torch.isfinite(total), factor, 1.0)
         for g in grads:
-            g.mul_(factor)
+            g.mul_(factor.to(g.device, non_blocking=True))
         for head in exact:
             head.scale_grad(factor)
     return total

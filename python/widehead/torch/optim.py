@@ -169,8 +169,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         for name, parameter in zip(names, parameters, strict=True):
             for key, value in state_dict["state"].get(name, {}).items():
                 if isinstance(value, Tensor):
-                    device = parameter.device if key != "step" or on_gpu(parameter) else torch.device("cpu")
-                    self.state[parameter][key] = value.detach().to(device=device, copy=True)
+                    self.state[parameter][key] = value.detach().to(device=self._place(key, parameter), copy=True)
         for owner in self._owners:
             owner.closed = int(self.state.get(owner.head._stored(), {}).get("step", 0))
 
@@ -224,9 +223,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         if not on_gpu(weight):
             return {"lr": float(lr), "step": int(done) + 1}
         counted: dict[str, Any] = {"device_step": done.reshape(1)}
-        if isinstance(lr, Tensor) and on_gpu(lr):
-            there = lr.detach().to(device=weight.device, dtype=torch.float32, non_blocking=True)
-            return {**counted, "device_lr": there.reshape(1)}
+        if on_device(lr):
+            return {**counted, "device_lr": _rate_on(lr, weight)}
         return {**counted, "lr": float(lr)}
 
     def velocities(self, owner: Owner) -> list[Tensor]:
@@ -240,29 +238,52 @@ class FusedOptimizer(torch.optim.Optimizer):
         for parameter, velocity in zip(owner.head.owned_parameters(), velocities, strict=True):
             self.state[parameter]["momentum_buffer"] = velocity
 
+    def follow(self, owner: Owner) -> None:
+        """Takes the state of an exact head to where its parameters are now."""
+        for parameter in owner.head.owned_parameters():
+            state = self.state.get(parameter, {})
+            for key, value in state.items():
+                state[key] = value.to(self._place(key, parameter))
+
+    @staticmethod
+    def _place(key: str, parameter: Tensor) -> torch.device:
+        return parameter.device if key != "step" or on_gpu(parameter) else torch.device("cpu")
+
     def _step_exact(self) -> None:
         exact = [(owner, owner.head) for owner in self._owners if isinstance(owner.head, ExactHead)]
         if not exact:  # on a GPU, found_inf below would have to be waited for
             return
         for owner, head in exact:  # all is checked before any head moves
             self._check_step(self.param_groups[owner.group_index], head)
-        # Under a GradScaler they are skipped together, and with the backbone.
-        found = getattr(self, "found_inf", None)
-        if (found is not None and bool(found)) or any(head.spoilt for _, head in exact):
+        # Under a GradScaler they are skipped together, and with the backbone. On a GPU they find out there.
+        signs = [getattr(self, "found_inf", None), *(head.spoilt for _, head in exact)]
+        refused = None
+        if all(on_gpu(head._stored()) for _, head in exact):
+            place = exact[0][1]._stored().device
+            there = [sign.reshape(()).to(place, non_blocking=True) != 0 for sign in signs if isinstance(sign, Tensor)]
+            refused = torch.stack(there).any() if there else None
+        elif any(sign is not None and bool(sign) for sign in signs):
             for _, head in exact:
                 head.zero_grad()
             return
         for owner, head in exact:
             state = self._state_of(head._stored())
-            if self._take_step(owner):
-                state["step"] += 1
+            applied = self._take_step(owner, refused)
+            if applied is not None:
+                state["step"] += applied
                 owner.closed += 1
 
-    def _take_step(self, owner: Owner) -> bool:
-        """The step of an exact head; False: nothing waited for it."""
+    def _take_step(self, owner: Owner, refused: Tensor | None) -> Tensor | int | None:
+        """The step of an exact head: what it counts; None: nothing waited for it.
+
+        Args:
+            refused: 0-d bool, of heads on a GPU.
+        """
         raise Error(f"{type(self).__name__} has no exact step")
 
     def _check_step(self, group: dict[str, Any], head: Head) -> None:
+        if on_gpu(head._stored()) and on_device(group["lr"]):
+            group = {**group, "lr": 0.0}  # the device looks at it
         for name in ("lr", "weight_decay", "momentum"):
             value = float(group[name])
             check(0 <= value < math.inf, f"{name}: expected a finite number of at least 0, got {value}")
@@ -377,9 +398,10 @@ class FusedSGD(FusedOptimizer):
     def _moments(self, group: dict[str, Any]) -> tuple[str, ...]:
         return ("momentum_buffer",) if group["momentum"] else ()
 
-    def _take_step(self, owner: Owner) -> bool:
+    def _take_step(self, owner: Owner, refused: Tensor | None) -> Tensor | int | None:
         assert isinstance(owner.head, ExactHead)
-        return owner.head.take_step(**exact_step(self.param_groups[owner.group_index]))
+        group = self.param_groups[owner.group_index]
+        return owner.head.take_step(**exact_step(group, owner.head._stored()), refused=refused)
 
     def _core_options(self, group: dict[str, Any]) -> dict[str, float]:
         return {"momentum": float(group["momentum"])}
@@ -431,6 +453,18 @@ class FusedAdam(FusedOptimizer):
         return {"beta1": float(beta1), "beta2": float(beta2), "eps": float(group["eps"])}
 
 
-def exact_step(group: dict[str, Any]) -> dict[str, float]:
+def exact_step(group: dict[str, Any], weight: Tensor) -> dict[str, Any]:
     """What an exact head's step takes of a parameter group."""
-    return {name: float(group[name]) for name in ("lr", "weight_decay", "momentum")}
+    options: dict[str, Any] = {name: float(group[name]) for name in ("weight_decay", "momentum")}
+    if on_gpu(weight) and on_device(group["lr"]):
+        return {**options, "lr": 0.0, "device_lr": _rate_on(group["lr"], weight)}
+    return {**options, "lr": float(group["lr"])}
+
+
+def on_device(lr: Any) -> bool:
+    """Whether a learning rate is a tensor on a GPU, which is read there."""
+    return isinstance(lr, Tensor) and on_gpu(lr)
+
+
+def _rate_on(lr: Any, weight: Tensor) -> Tensor:
+    return lr.detach().to(device=weight.device, dtype=torch.float32, non_blocking=True).reshape(1)
