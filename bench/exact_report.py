@@ -58,9 +58,9 @@ def exact_section(result: dict[str, Any], conditions: str) -> str:
     ]
     one = [e for e in cells if (e["cell"]["hot"], e["cell"]["law"]) == (1, "zipf")]
     parts = [
-        "A training step of 128 examples with one target each, drawn by Zipf's law: loss, gradient to hidden and SGD on\n"
-        "all rows, against PyTorch's dense squared error in place and its cross-entropy with autograd. The floor is the\n"
-        "14 d^2 m flops of the published method at the rate of `torch.mm` beside it.\n\n"
+        "A training step of 128 examples with one target each, drawn by Zipf's law: loss, gradient to hidden and SGD\n"
+        "on all rows, against PyTorch's dense squared error in place and its cross-entropy with autograd. The floor\n"
+        "is the 14 d^2 m flops of the published method at the rate of `torch.mm` beside it.\n\n"
         f"{table(header, [times_of(result, e) for e in one])}"
     ]
     rest = [("uniform", 1), ("zipf", 100), ("uniform", 100)]

@@ -58,7 +58,7 @@ struct Batch {
     head.step({.lr = lr});
   }
   void step(Dense<double>& weight, double lr) const {
-    Dense<double> gradient(kClasses, kFeatures);
+    Dense<double> gradient = Dense<double>::zeros(kClasses, kFeatures);
     for (i64 i = 0; i < kBatch; ++i)
       for (i64 c = 0; c < kClasses; ++c) {
         double output = 0;

@@ -42,11 +42,11 @@ class BlockedExact final : public ExactCore {
     batch->base = base_;
     batch->train = train;
     gram_.statistics(batch->hidden, batch->hidden_squares, q, s);
-    std::vector<i64> ids = distinct(batch->ids);
     if (train) {
-      warm(ids);
-      outputs(*batch, [&](i64 id) { return hot_.row(slots_.at(id)); }, A);
+      warm(batch->ids);
+      outputs(*batch, [&](i64 id) { return hot_.row(store_.slot(id)); }, A);
     } else {
+      std::vector<i64> ids = distinct(batch->ids);
       const Dense<Factor> rows = read(ids);
       batch->rows.resize(rows.rows, rows.cols);
       std::copy(rows.data.begin(), rows.data.end(), batch->rows.data.begin());
@@ -59,7 +59,7 @@ class BlockedExact final : public ExactCore {
   void backward(const ExactBatch& batch, const double* grad_A, const double* grad_q, const double* grad_s,
                 AnyMatrix grad_hidden) override {
     if (batch.steps != version_) throw Error("backward: the weights have taken a step since this batch's forward pass");
-    if (batch.train && batch.base != base_) warm_again(batch.ids);
+    if (batch.train && batch.base != base_) warm(batch.ids);
     Dense<double> x(batch.hidden.rows, width());
     parallel_for(batch.hidden.rows, [&](i64 i) {
       double* out = x.row(i);
@@ -68,7 +68,7 @@ class BlockedExact final : public ExactCore {
       for (i64 t = batch.indptr[static_cast<std::size_t>(i)]; t < batch.indptr[static_cast<std::size_t>(i) + 1]; ++t) {
         const i64 id = batch.ids[static_cast<std::size_t>(t)];
         if (batch.train) {
-          add_row(grad_A[t], hot_.row(slots_.at(id)), out);
+          add_row(grad_A[t], hot_.row(store_.slot(id)), out);
         } else {
           add_row(grad_A[t], kept_row(batch, id), out);
         }
@@ -121,7 +121,7 @@ class BlockedExact final : public ExactCore {
     store_.consolidate([&](i64, Factor* row) { add_omega(row); });
     std::fill(omega_.begin(), omega_.end(), 0.0);
     ++base_;
-    warm_again(pending_.ids);
+    warm(pending_.ids);
   }
 
   void refresh() override {
@@ -188,15 +188,14 @@ class BlockedExact final : public ExactCore {
   Dense<Factor> read(const std::vector<i64>& ids) const {
     std::vector<i64> cold;
     for (i64 id : ids)
-      if (!slots_.contains(id)) cold.push_back(id);
+      if (store_.slot(id) < 0) cold.push_back(id);
     Dense<Factor> rows = read_cold(cold);
     if (cold.size() == ids.size()) return rows;
     Dense<Factor> out(static_cast<i64>(ids.size()), width());
     i64 next = 0;
     for (std::size_t i = 0; i < ids.size(); ++i) {
-      const auto slot = slots_.find(ids[i]);
-      std::copy_n(slot == slots_.end() ? rows.row(next++) : hot_.row(slot->second), width(),
-                  out.row(static_cast<i64>(i)));
+      const i64 slot = store_.slot(ids[i]);
+      std::copy_n(slot < 0 ? rows.row(next++) : hot_.row(slot), width(), out.row(static_cast<i64>(i)));
     }
     return out;
   }
@@ -211,28 +210,21 @@ class BlockedExact final : public ExactCore {
     return rows;
   }
 
-  // Takes rows out of the store; `ids` ascend.
+  // Takes rows out of the store; for a second time where they were brought together between a forward pass and its step.
   void warm(const std::vector<i64>& ids) {
     std::vector<i64> cold;
     for (i64 id : ids)
-      if (!slots_.contains(id)) cold.push_back(id);
+      if (store_.slot(id) < 0) cold.push_back(id);
     if (cold.empty()) return;
+    cold = distinct(std::move(cold));
     const Dense<Factor> rows = read_cold(cold);
     hot_.data.insert(hot_.data.end(), rows.data.begin(), rows.data.end());
     hot_.rows += rows.rows;
     for (i64 id : cold) {
-      slots_.emplace(id, static_cast<i64>(hot_ids_.size()));
+      store_.take(id, static_cast<i64>(hot_ids_.size()));
       hot_ids_.push_back(id);
-      store_.take(id);
     }
     fetched_ += rows.rows;
-  }
-
-  // After the rows were brought together between a batch's forward pass and its step.
-  void warm_again(std::vector<i64> ids) {
-    std::sort(ids.begin(), ids.end());
-    ids.erase(std::unique(ids.begin(), ids.end()), ids.end());
-    warm(ids);
   }
 
   Carry carry_of(const ExactStep& step) const {
@@ -282,13 +274,14 @@ class BlockedExact final : public ExactCore {
     for (i64 i = 0; i < s.cols; ++i)
       for (i64 t = pending_.indptr[static_cast<std::size_t>(i)]; t < pending_.indptr[static_cast<std::size_t>(i) + 1];
            ++t)
-        s.at(slots_.at(pending_.ids[static_cast<std::size_t>(t)]), i) +=
+        s.at(store_.slot(pending_.ids[static_cast<std::size_t>(t)]), i) +=
             static_cast<Factor>(pending_.gA[static_cast<std::size_t>(t)]);
     return s;
   }
 
   Dense<double> gradient_products(const Dense<Factor>& s, const std::vector<double>& ones) const {
-    return pending_.products(ones, [&](i64 t) { return s.row(slots_.at(pending_.ids[static_cast<std::size_t>(t)])); });
+    return pending_.products(
+        ones, [&](i64 t) { return s.row(store_.slot(pending_.ids[static_cast<std::size_t>(t)])); });
   }
   Dense<double> gradient_products(const Dense<Factor>& s) const {
     return gradient_products(s, pending_.ones(gram_.sums(), classes));
@@ -297,6 +290,7 @@ class BlockedExact final : public ExactCore {
   // U <- U J + (U's first columns) (2 H gq)' B, of U - I
   void move_factor(const Carry& j, const Dense<Factor>& hidden, const Dense<Factor>& b) {
     Dense<Factor> t(width(), hidden.rows);
+    std::fill(t.row(features), t.row(width()), Factor{0});
     for (i64 k = 0; k < features; ++k)
       for (i64 i = 0; i < hidden.rows; ++i) t.at(k, i) = hidden.at(i, k);
     if (in_block_ > 0) {
@@ -339,10 +333,9 @@ class BlockedExact final : public ExactCore {
   }
 
   void begin_block() {
-    factor_ = Dense<Factor>(width(), width());
+    factor_ = Dense<Factor>::zeros(width(), width());
     hot_.resize(0, width());
     hot_ids_.clear();
-    slots_.clear();
     in_block_ = 0;
   }
   void close_block() {
@@ -380,7 +373,6 @@ class BlockedExact final : public ExactCore {
   Dense<Factor> factor_;       // U - I, see exact_log.h
   Dense<Factor> hot_;
   std::vector<i64> hot_ids_;
-  std::unordered_map<i64, i64> slots_;
   i64 in_block_ = 0, base_ = 0, version_ = 0, steps_ = 0, blocks_ = 0, fetched_ = 0;
 };
 

@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "cpu/exact_memory.h"
 #include "cpu/matmul.h"
 #include "widehead/view.h"
 
@@ -10,11 +11,11 @@ namespace widehead::cpu {
 
 using i64 = std::int64_t;
 
-// [rows, cols], row-major without gaps.
+// [rows, cols], row-major without gaps. Elements are whatever lay there until they are written.
 template <class Real>
 struct Dense {
   i64 rows = 0, cols = 0;
-  std::vector<Real> data;
+  std::vector<Real, BlockAllocator<Real>> data;
 
   Dense() = default;
   Dense(i64 rows_, i64 cols_) { resize(rows_, cols_); }
@@ -28,8 +29,15 @@ struct Dense {
   Real& at(i64 r, i64 c) { return row(r)[c]; }
   Real at(i64 r, i64 c) const { return row(r)[c]; }
 
+  static Dense zeros(i64 rows, i64 cols) {
+    Dense out;
+    out.rows = rows;
+    out.cols = cols;
+    out.data.assign(static_cast<std::size_t>(rows * cols), Real{0});
+    return out;
+  }
   static Dense identity(i64 n) {
-    Dense out(n, n);
+    Dense out = zeros(n, n);
     for (i64 i = 0; i < n; ++i) out.at(i, i) = 1;
     return out;
   }

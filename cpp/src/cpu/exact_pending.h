@@ -35,8 +35,9 @@ class Pending {
     gs.insert(gs.end(), grad_s, grad_s + batch.rows);
   }
   void scale(double c) {
-    for (auto* v : {&gA, &gq, &gs, &by_rows.data})
+    for (auto* v : {&gA, &gq, &gs})
       for (double& x : *v) x *= c;
+    for (double& x : by_rows.data) x *= c;
   }
 
   // S'1 [m], from W'1 and the number of classes.

@@ -69,7 +69,7 @@ class WoodburyExact final : public ExactCore {
     if (batch.steps != version_) throw Error("backward: the weights have taken a step since this batch's forward pass");
     const Dense<double> moved = batch.base == base_ ? Dense<double>() : base_rows(batch.unique);
     const Dense<double>& rows = batch.base == base_ ? batch.rows : moved;
-    Dense<double> x(batch.hidden.rows, features), sparse(batch.hidden.rows, features);
+    Dense<double> x(batch.hidden.rows, features), sparse = Dense<double>::zeros(batch.hidden.rows, features);
     parallel_for(batch.hidden.rows, [&](i64 i) {
       double* out = x.row(i);
       double sum = 0;
