@@ -7,12 +7,23 @@ namespace widehead::cpu {
 namespace {
 
 // read(x) of every element of a type T, row by row.
-template <class T, class Read>
-void widen(const ConstAnyMatrix& from, Read read, Dense<double>& out) {
+template <class T, class Real, class Read>
+void read_as(const ConstAnyMatrix& from, Read read, Dense<Real>& out) {
   for (i64 r = 0; r < from.rows; ++r) {
     const T* in = static_cast<const T*>(from.data) + r * from.stride;
-    double* to = out.row(r);
-    for (i64 k = 0; k < from.cols; ++k) to[k] = static_cast<double>(read(in[k]));
+    Real* to = out.row(r);
+    for (i64 k = 0; k < from.cols; ++k) to[k] = static_cast<Real>(read(in[k]));
+  }
+}
+
+template <class Real>
+void read_any(const ConstAnyMatrix& from, Dense<Real>& out) {
+  out.resize(from.rows, from.cols);
+  switch (from.dtype) {
+    case Dtype::f64: read_as<double>(from, [](double x) { return x; }, out); break;
+    case Dtype::bf16: read_as<std::uint16_t>(from, [](std::uint16_t x) { return bf16_float(x); }, out); break;
+    case Dtype::f16: read_as<std::uint16_t>(from, [](std::uint16_t x) { return f16_float(x); }, out); break;
+    default: read_as<float>(from, [](float x) { return x; }, out);
   }
 }
 
@@ -53,17 +64,8 @@ std::unique_ptr<ExactCore> make(const AnyMatrix& weight, const AnyMatrix& veloci
 
 }  // namespace
 
-Dense<double> as_double(const ConstAnyMatrix& from) {
-  Dense<double> out(from.rows, from.cols);
-  switch (from.dtype) {
-    case Dtype::f64: widen<double>(from, [](double x) { return x; }, out); break;
-    case Dtype::bf16: widen<std::uint16_t>(from, [](std::uint16_t x) { return bf16_float(x); }, out); break;
-    case Dtype::f16: widen<std::uint16_t>(from, [](std::uint16_t x) { return f16_float(x); }, out); break;
-    default: widen<float>(from, [](float x) { return x; }, out);
-  }
-  return out;
-}
-
+void load_rows(const ConstAnyMatrix& from, Dense<double>& out) { read_any(from, out); }
+void load_rows(const ConstAnyMatrix& from, Dense<float>& out) { read_any(from, out); }
 void store_rows(const Dense<double>& rows, i64 columns, const AnyMatrix& out) { store(rows, columns, out); }
 void store_rows(const Dense<float>& rows, i64 columns, const AnyMatrix& out) { store(rows, columns, out); }
 
