@@ -96,7 +96,7 @@ class BlockedExact final : public ExactCore {
     pending_.clear();
     ++steps_;
     ++version_;
-    if (++in_block_ >= options_.block_steps) close_block();
+    if (++in_block_ >= options_.block_steps || crowded(m)) close_block();
   }
 
   void rows(const std::int64_t* ids, std::int64_t n, AnyMatrix out) const override {
@@ -295,6 +295,13 @@ class BlockedExact final : public ExactCore {
     for (i64 i = 0; i < b.rows; ++i) add_times(s[static_cast<std::size_t>(i)], b.row(i), width(), omega_.data());
   }
 
+  // Whether another step of the hot rows would cost more than to end the block, about two products of its matrix.
+  bool crowded(i64 examples) const {
+    constexpr double kWorth = 1 << 22;
+    const double rows = static_cast<double>(hot_.rows) * static_cast<double>(examples);
+    const auto side = static_cast<double>(width());
+    return rows > side * side && rows * side > kWorth;
+  }
   void begin_block() {
     factor_ = Dense<Factor>(width(), width());
     hot_.resize(0, width());

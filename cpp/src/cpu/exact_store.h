@@ -109,7 +109,11 @@ class RowStore {
       labels_[static_cast<std::size_t>(ids[i])] = static_cast<std::uint32_t>(now);
       list.ids.push_back(ids[i]);
     }
-    log_.push(std::move(block), [&](i64 from, i64 to, const BlockMatrix<Factor>& suffix) { move(from, to, suffix); });
+    const auto written = lists_.find(now - 1);  // by put(), since the block began
+    const i64 rows_written =
+        static_cast<i64>(ids.empty() && written != lists_.end() ? written->second.ids.size() : ids.size());
+    log_.push(std::move(block), rows_written,
+              [&](i64 from, i64 to, const BlockMatrix<Factor>& suffix) { move(from, to, suffix); });
   }
 
   // All rows as they are, written in place; `finish(id, row)` adds what the store does not know.
