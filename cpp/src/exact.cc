@@ -61,10 +61,10 @@ std::shared_ptr<ExactBatch> ExactHead::forward(const ConstAnyMatrix& hidden, con
 void ExactHead::backward(const ExactBatch& batch, const double* grad_A, const double* grad_q, const double* grad_s,
                          AnyMatrix grad_hidden) {
   check_numbers("grad_A", grad_A, static_cast<int64_t>(batch.ids.size()));
-  check_numbers("grad_q", grad_q, batch.hidden.rows);
-  check_numbers("grad_s", grad_s, batch.hidden.rows);
+  check_numbers("grad_q", grad_q, batch.examples());
+  check_numbers("grad_s", grad_s, batch.examples());
   if (grad_hidden) {
-    expect_shape("grad_hidden", grad_hidden, batch.hidden.rows, core_->features);
+    expect_shape("grad_hidden", grad_hidden, batch.examples(), core_->features);
     expect_dtype("grad_hidden", grad_hidden.dtype, floating(grad_hidden.dtype), "a floating type");
   }
   core_->backward(batch, grad_A, grad_q, grad_s, grad_hidden);

@@ -58,7 +58,7 @@ struct Batch {
     head.step({.lr = lr});
   }
   void step(Dense<double>& weight, double lr) const {
-    Dense<double> gradient(kClasses, kFeatures);
+    Dense<double> gradient = Dense<double>::zeros(kClasses, kFeatures);
     for (i64 i = 0; i < kBatch; ++i)
       for (i64 c = 0; c < kClasses; ++c) {
         double output = 0;
@@ -122,7 +122,7 @@ TEST(inverse_of_any_regular_matrix) {
   }
 }
 TEST(no_inverse_of_a_singular_matrix) {
-  Dense<double> zero(1, 1), rank_one(3, 3), unknown(2, 2);
+  Dense<double> zero = Dense<double>::zeros(1, 1), rank_one(3, 3), unknown = Dense<double>::zeros(2, 2);
   for (i64 r = 0; r < 3; ++r)
     for (i64 c = 0; c < 3; ++c) rank_one.at(r, c) = double((r + 1) * (c + 2));
   unknown.at(0, 0) = unknown.at(1, 1) = std::numeric_limits<double>::quiet_NaN();

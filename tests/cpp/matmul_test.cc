@@ -24,9 +24,10 @@ struct Shape {
   i64 m, n, k;
 };
 // Single elements, vectors, sizes around the tiles of every unit, several blocks of k (256), of rows and of columns.
-constexpr Shape kShapes[] = {{1, 1, 1},    {1, 1, 300},  {7, 1, 3},      {1, 70, 5},     {13, 33, 31},
-                             {24, 32, 32}, {50, 7, 65},  {65, 64, 63},   {12, 16, 257},  {100, 45, 300},
-                             {3, 530, 40}, {301, 5, 40}, {259, 291, 20}, {130, 270, 515}};
+constexpr Shape kShapes[] = {{1, 1, 1},    {1, 1, 300},  {7, 1, 3},      {1, 70, 5},      {13, 33, 31},
+                             {24, 32, 32}, {50, 7, 65},  {65, 64, 63},   {12, 16, 257},   {100, 45, 300},
+                             {3, 530, 40}, {301, 5, 40}, {259, 291, 20}, {130, 270, 515}, {2, 75, 300},
+                             {5, 33, 20},  {6, 64, 3},   {9, 141, 33},   {4, 300, 300}};
 
 template <class Real>
 constexpr Real kGuard = Real(1234.5);

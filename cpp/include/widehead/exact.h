@@ -43,7 +43,7 @@ struct ExactOptions {
   ExactMethod method = ExactMethod::blocked;
   bool wide = false;             // factors and the rows of a block in float64 beside float32 rows
   std::int64_t block_steps = 4;  // blocked: steps after which the rows of a block go back to the store
-  std::int64_t radix = 8;        // of the merge of block matrices
+  std::int64_t radix = 8;        // of the merge of block matrices, at most
   double max_kappa = 4.0;        // woodbury: an epoch ends before U or its inverse could pass it
 };
 

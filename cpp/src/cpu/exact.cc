@@ -6,28 +6,48 @@
 namespace widehead::cpu {
 namespace {
 
-double element_at(const ConstAnyMatrix& m, i64 at) {
-  switch (m.dtype) {
-    case Dtype::f64: return static_cast<const double*>(m.data)[at];
-    case Dtype::bf16: return static_cast<double>(bf16_float(static_cast<const std::uint16_t*>(m.data)[at]));
-    case Dtype::f16: return static_cast<double>(f16_float(static_cast<const std::uint16_t*>(m.data)[at]));
-    default: return static_cast<double>(static_cast<const float*>(m.data)[at]);
+// read(x) of every element of a type T, row by row.
+template <class T, class Real, class Read>
+void read_as(const ConstAnyMatrix& from, Read read, Dense<Real>& out) {
+  for (i64 r = 0; r < from.rows; ++r) {
+    const T* in = static_cast<const T*>(from.data) + r * from.stride;
+    Real* to = out.row(r);
+    for (i64 k = 0; k < from.cols; ++k) to[k] = static_cast<Real>(read(in[k]));
+  }
+}
+
+template <class Real>
+void read_any(const ConstAnyMatrix& from, Dense<Real>& out) {
+  out.resize(from.rows, from.cols);
+  switch (from.dtype) {
+    case Dtype::f64: read_as<double>(from, [](double x) { return x; }, out); break;
+    case Dtype::bf16: read_as<std::uint16_t>(from, [](std::uint16_t x) { return bf16_float(x); }, out); break;
+    case Dtype::f16: read_as<std::uint16_t>(from, [](std::uint16_t x) { return f16_float(x); }, out); break;
+    default: read_as<float>(from, [](float x) { return x; }, out);
+  }
+}
+
+template <class T, class Real, class Round>
+void narrow(const Dense<Real>& rows, i64 columns, Round round, const AnyMatrix& out) {
+  for (i64 r = 0; r < rows.rows; ++r) {
+    const Real* in = rows.row(r);
+    T* to = static_cast<T*>(out.data) + r * out.stride;
+    for (i64 k = 0; k < columns; ++k) to[k] = round(in[k]);
   }
 }
 
 template <class Real>
 void store(const Dense<Real>& rows, i64 columns, const AnyMatrix& out) {
-  for (i64 r = 0; r < rows.rows; ++r)
-    for (i64 k = 0; k < columns; ++k) {
-      const i64 at = r * out.stride + k;
-      const Real x = rows.at(r, k);
-      switch (out.dtype) {
-        case Dtype::f64: static_cast<double*>(out.data)[at] = static_cast<double>(x); break;
-        case Dtype::bf16: static_cast<std::uint16_t*>(out.data)[at] = bf16_nearest(static_cast<float>(x)); break;
-        case Dtype::f16: static_cast<std::uint16_t*>(out.data)[at] = f16_nearest(static_cast<float>(x)); break;
-        default: static_cast<float*>(out.data)[at] = static_cast<float>(x);
-      }
-    }
+  switch (out.dtype) {
+    case Dtype::f64: narrow<double>(rows, columns, [](Real x) { return static_cast<double>(x); }, out); break;
+    case Dtype::bf16:
+      narrow<std::uint16_t>(rows, columns, [](Real x) { return bf16_nearest(static_cast<float>(x)); }, out);
+      break;
+    case Dtype::f16:
+      narrow<std::uint16_t>(rows, columns, [](Real x) { return f16_nearest(static_cast<float>(x)); }, out);
+      break;
+    default: narrow<float>(rows, columns, [](Real x) { return static_cast<float>(x); }, out);
+  }
 }
 
 template <class T>
@@ -44,13 +64,8 @@ std::unique_ptr<ExactCore> make(const AnyMatrix& weight, const AnyMatrix& veloci
 
 }  // namespace
 
-Dense<double> as_double(const ConstAnyMatrix& from) {
-  Dense<double> out(from.rows, from.cols);
-  for (i64 r = 0; r < from.rows; ++r)
-    for (i64 k = 0; k < from.cols; ++k) out.at(r, k) = element_at(from, r * from.stride + k);
-  return out;
-}
-
+void load_rows(const ConstAnyMatrix& from, Dense<double>& out) { read_any(from, out); }
+void load_rows(const ConstAnyMatrix& from, Dense<float>& out) { read_any(from, out); }
 void store_rows(const Dense<double>& rows, i64 columns, const AnyMatrix& out) { store(rows, columns, out); }
 void store_rows(const Dense<float>& rows, i64 columns, const AnyMatrix& out) { store(rows, columns, out); }
 

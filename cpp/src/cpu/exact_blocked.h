@@ -31,59 +31,49 @@ class BlockedExact final : public ExactCore {
 
   std::shared_ptr<ExactBatch> forward(const ConstAnyMatrix& hidden, const Labels& target, bool train, double* A,
                                       double* q, double* s) override {
-    auto batch = std::make_shared<ExactBatch>();
-    batch->hidden = as_double(hidden);
-    batch->indptr.resize(static_cast<std::size_t>(target.rows) + 1);
-    for (i64 i = 0; i <= target.rows; ++i)
-      batch->indptr[static_cast<std::size_t>(i)] = target.indptr ? target.indptr[i] - target.indptr[0] : i;
-    const i64* first = target.indices + (target.indptr ? target.indptr[0] : 0);
-    batch->ids.assign(first, first + batch->indptr.back());
+    auto batch = std::make_shared<KeptBatch<Factor>>();
+    load_rows(hidden, batch->hidden);
+    batch->set_targets(target);
     batch->steps = version_;
     batch->base = base_;
     batch->train = train;
     gram_.statistics(batch->hidden, batch->hidden_squares, q, s);
-    std::vector<i64> ids = distinct(batch->ids);
     if (train) {
-      warm(ids);
-      outputs(*batch, [&](i64 id) { return hot_.row(slots_.at(id)); }, A);
+      warm(batch->ids);
+      outputs(*batch, [&](i64 id) { return hot_.row(store_.slot(id)); }, A);
     } else {
-      const Dense<Factor> rows = read(ids);
-      batch->rows.resize(rows.rows, rows.cols);
-      std::copy(rows.data.begin(), rows.data.end(), batch->rows.data.begin());
+      std::vector<i64> ids = distinct(batch->ids);
+      batch->rows = read(ids);
       batch->unique = std::move(ids);
       outputs(*batch, [&](i64 id) { return kept_row(*batch, id); }, A);
     }
     return batch;
   }
 
-  void backward(const ExactBatch& batch, const double* grad_A, const double* grad_q, const double* grad_s,
+  void backward(const ExactBatch& any_batch, const double* grad_A, const double* grad_q, const double* grad_s,
                 AnyMatrix grad_hidden) override {
+    const auto& batch = static_cast<const KeptBatch<Factor>&>(any_batch);
     if (batch.steps != version_) throw Error("backward: the weights have taken a step since this batch's forward pass");
-    if (batch.train && batch.base != base_) warm_again(batch.ids);
-    Dense<double> x(batch.hidden.rows, width());
-    parallel_for(batch.hidden.rows, [&](i64 i) {
-      double* out = x.row(i);
-      for (i64 k = 0; k < width(); ++k)
-        out[k] = 2 * grad_q[i] * batch.hidden_squares.at(i, k) + grad_s[i] * gram_.sums()[static_cast<std::size_t>(k)];
+    if (batch.train && batch.base != base_) warm(batch.ids);
+    Dense<Factor> x(batch.examples(), width());
+    parallel_for(batch.examples(), [&](i64 i) {
+      Factor* out = x.row(i);
+      const auto q = static_cast<Factor>(2 * grad_q[i]);
+      for (i64 k = 0; k < width(); ++k) out[k] = q * batch.hidden_squares.at(i, k);
+      if (grad_s[i] != 0) add_times(grad_s[i], gram_.sums().data(), width(), out);
       for (i64 t = batch.indptr[static_cast<std::size_t>(i)]; t < batch.indptr[static_cast<std::size_t>(i) + 1]; ++t) {
         const i64 id = batch.ids[static_cast<std::size_t>(t)];
-        if (batch.train) {
-          add_row(grad_A[t], hot_.row(slots_.at(id)), out);
-        } else {
-          add_row(grad_A[t], kept_row(batch, id), out);
-        }
+        add_times(grad_A[t], batch.train ? hot_.row(store_.slot(id)) : kept_row(batch, id), width(), out);
       }
     });
     if (grad_hidden) store_rows(x, features, grad_hidden);
     if (!batch.train) return;
-    pending_.add(batch.hidden, batch.indptr, batch.ids, grad_A, grad_q, grad_s, x);
+    pending_.add(batch, grad_A, grad_q, grad_s, std::move(x));
   }
 
-  double grad_norm2() const override {
-    return pending_.norm2(gradient_products(hot_gradients(factor_of(pending_.hidden))));
-  }
+  double grad_norm2() const override { return pending_.norm2(gradient_products(hot_gradients())); }
   void grad_columns(double* mean_squares) const override {
-    pending_.columns(gradient_products(hot_gradients(factor_of(pending_.hidden))), classes, mean_squares);
+    pending_.columns(gradient_products(hot_gradients()), classes, mean_squares);
   }
 
   void scale_grad(double factor) override { pending_.scale(factor); }
@@ -95,20 +85,18 @@ class BlockedExact final : public ExactCore {
     if (m == 0) return;
     if (step.lr == 0 && !momentum) return pending_.clear();
     const Carry j = carry_of(step);
-    const Dense<double> b = directions(step);
-    const Dense<Factor> hidden = factor_of(pending_.hidden), directions = factor_of(b);
-    const Dense<Factor> s = hot_gradients(hidden);
+    const Dense<Factor> b = directions(step), s = hot_gradients();
     const std::vector<double> ones = pending_.ones(gram_.sums(), classes);
-    const Dense<double> products = gradient_products(s, ones);
+    const Dense<Factor> products = gradient_products(s, ones);
     carry(j, features, hot_);
-    product(s, false, directions, false, hot_, Factor{1});
-    move_factor(j, hidden, directions);
+    product(s, false, b, false, hot_, Factor{1});
+    move_factor(j, b);
     move_omega(j, b);
     gram_.step(j, pending_.by_rows, products, ones, b);
     pending_.clear();
     ++steps_;
     ++version_;
-    if (++in_block_ >= options_.block_steps) close_block();
+    if (++in_block_ >= options_.block_steps || crowded(m)) close_block();
   }
 
   void rows(const std::int64_t* ids, std::int64_t n, AnyMatrix out) const override {
@@ -121,7 +109,7 @@ class BlockedExact final : public ExactCore {
     store_.consolidate([&](i64, Factor* row) { add_omega(row); });
     std::fill(omega_.begin(), omega_.end(), 0.0);
     ++base_;
-    warm_again(pending_.ids);
+    warm(pending_.ids);
   }
 
   void refresh() override {
@@ -148,34 +136,19 @@ class BlockedExact final : public ExactCore {
  private:
   i64 width() const { return store_.width(); }
 
-  static Dense<Factor> factor_of(const Dense<double>& from) {
-    Dense<Factor> out(from.rows, from.cols);
-    for (std::size_t i = 0; i < from.data.size(); ++i) out.data[i] = static_cast<Factor>(from.data[i]);
-    return out;
-  }
-
   static std::vector<i64> distinct(std::vector<i64> ids) {
     std::sort(ids.begin(), ids.end());
     ids.erase(std::unique(ids.begin(), ids.end()), ids.end());
     return ids;
   }
-  static const double* kept_row(const ExactBatch& batch, i64 id) {
+  static const Factor* kept_row(const KeptBatch<Factor>& batch, i64 id) {
     return batch.rows.row(std::lower_bound(batch.unique.begin(), batch.unique.end(), id) - batch.unique.begin());
   }
-  template <class Real>
-  void add_row(double factor, const Real* row, double* out) const {
-    for (i64 k = 0; k < width(); ++k) out[k] += factor * static_cast<double>(row[k]);
-  }
-
   template <class RowOf>
-  void outputs(const ExactBatch& batch, RowOf row_of, double* A) const {
-    parallel_for(batch.hidden.rows, [&](i64 i) {
-      for (i64 t = batch.indptr[static_cast<std::size_t>(i)]; t < batch.indptr[static_cast<std::size_t>(i) + 1]; ++t) {
-        const auto* row = row_of(batch.ids[static_cast<std::size_t>(t)]);
-        double sum = 0;
-        for (i64 k = 0; k < features; ++k) sum += static_cast<double>(row[k]) * batch.hidden.at(i, k);
-        A[t] = sum;
-      }
+  void outputs(const KeptBatch<Factor>& batch, RowOf row_of, double* A) const {
+    parallel_for(batch.examples(), [&](i64 i) {
+      for (i64 t = batch.indptr[static_cast<std::size_t>(i)]; t < batch.indptr[static_cast<std::size_t>(i) + 1]; ++t)
+        A[t] = dot(row_of(batch.ids[static_cast<std::size_t>(t)]), batch.hidden.row(i), features);
     });
   }
 
@@ -188,15 +161,14 @@ class BlockedExact final : public ExactCore {
   Dense<Factor> read(const std::vector<i64>& ids) const {
     std::vector<i64> cold;
     for (i64 id : ids)
-      if (!slots_.contains(id)) cold.push_back(id);
+      if (store_.slot(id) < 0) cold.push_back(id);
     Dense<Factor> rows = read_cold(cold);
     if (cold.size() == ids.size()) return rows;
     Dense<Factor> out(static_cast<i64>(ids.size()), width());
     i64 next = 0;
     for (std::size_t i = 0; i < ids.size(); ++i) {
-      const auto slot = slots_.find(ids[i]);
-      std::copy_n(slot == slots_.end() ? rows.row(next++) : hot_.row(slot->second), width(),
-                  out.row(static_cast<i64>(i)));
+      const i64 slot = store_.slot(ids[i]);
+      std::copy_n(slot < 0 ? rows.row(next++) : hot_.row(slot), width(), out.row(static_cast<i64>(i)));
     }
     return out;
   }
@@ -211,28 +183,21 @@ class BlockedExact final : public ExactCore {
     return rows;
   }
 
-  // Takes rows out of the store; `ids` ascend.
+  // Takes rows out of the store; for a second time where they were brought together between a forward pass and its step.
   void warm(const std::vector<i64>& ids) {
     std::vector<i64> cold;
     for (i64 id : ids)
-      if (!slots_.contains(id)) cold.push_back(id);
+      if (store_.slot(id) < 0) cold.push_back(id);
     if (cold.empty()) return;
+    cold = distinct(std::move(cold));
     const Dense<Factor> rows = read_cold(cold);
     hot_.data.insert(hot_.data.end(), rows.data.begin(), rows.data.end());
     hot_.rows += rows.rows;
     for (i64 id : cold) {
-      slots_.emplace(id, static_cast<i64>(hot_ids_.size()));
+      store_.take(id, static_cast<i64>(hot_ids_.size()));
       hot_ids_.push_back(id);
-      store_.take(id);
     }
     fetched_ += rows.rows;
-  }
-
-  // After the rows were brought together between a batch's forward pass and its step.
-  void warm_again(std::vector<i64> ids) {
-    std::sort(ids.begin(), ids.end());
-    ids.erase(std::unique(ids.begin(), ids.end()), ids.end());
-    warm(ids);
   }
 
   Carry carry_of(const ExactStep& step) const {
@@ -242,14 +207,17 @@ class BlockedExact final : public ExactCore {
   }
 
   // B [m, width].
-  Dense<double> directions(const ExactStep& step) const {
-    Dense<double> b(pending_.examples(), width());
-    for (i64 i = 0; i < b.rows; ++i)
+  Dense<Factor> directions(const ExactStep& step) const {
+    Dense<Factor> b(pending_.examples(), width());
+    for (i64 i = 0; i < b.rows; ++i) {
+      const Factor* h = pending_.hidden.row(i);
+      Factor* out = b.row(i);
       for (i64 k = 0; k < features; ++k) {
-        const double h = pending_.hidden.at(i, k) * (step.column_scale ? step.column_scale[k] : 1.0);
-        b.at(i, k) = -step.lr * h;
-        if (momentum) b.at(i, features + k) = h;
+        const double x = static_cast<double>(h[k]) * (step.column_scale ? step.column_scale[k] : 1.0);
+        out[k] = static_cast<Factor>(-step.lr * x);
+        if (momentum) out[features + k] = static_cast<Factor>(x);
       }
+    }
     return b;
   }
 
@@ -260,89 +228,84 @@ class BlockedExact final : public ExactCore {
   }
 
   // S of the hot rows, [hot, m].
-  Dense<Factor> hot_gradients(const Dense<Factor>& hidden) const {
+  Dense<Factor> hot_gradients() const {
     Dense<Factor> s(hot_.rows, pending_.examples());
-    Product<Factor> p{};
-    p.m = hot_.rows;
-    p.n = s.cols;
-    p.k = features;
-    p.a = hot_.data.data();
-    p.a_stride = width();
-    p.b = hidden.data.data();
-    p.b_stride = features;
-    p.b_transposed = true;
-    p.c = s.data.data();
-    p.c_stride = s.cols;
-    multiply(p);
+    multiply(product_of(hot_, false, pending_.hidden, true, s));  // weights, not velocities
     const std::vector<Factor> q = doubled(pending_.gq), sums(pending_.gs.begin(), pending_.gs.end());
     for (i64 r = 0; r < s.rows; ++r) {
       Factor* row = s.row(r);
-      for (std::size_t i = 0; i < q.size(); ++i) row[i] = q[i] * row[i] + sums[i];
+      for (i64 i = 0; i < s.cols; ++i)
+        row[i] = q[static_cast<std::size_t>(i)] * row[i] + sums[static_cast<std::size_t>(i)];
     }
     for (i64 i = 0; i < s.cols; ++i)
       for (i64 t = pending_.indptr[static_cast<std::size_t>(i)]; t < pending_.indptr[static_cast<std::size_t>(i) + 1];
            ++t)
-        s.at(slots_.at(pending_.ids[static_cast<std::size_t>(t)]), i) +=
+        s.at(store_.slot(pending_.ids[static_cast<std::size_t>(t)]), i) +=
             static_cast<Factor>(pending_.gA[static_cast<std::size_t>(t)]);
     return s;
   }
 
-  Dense<double> gradient_products(const Dense<Factor>& s, const std::vector<double>& ones) const {
-    return pending_.products(ones, [&](i64 t) { return s.row(slots_.at(pending_.ids[static_cast<std::size_t>(t)])); });
+  Dense<Factor> gradient_products(const Dense<Factor>& s, const std::vector<double>& ones) const {
+    return pending_.products(ones,
+                             [&](i64 t) { return s.row(store_.slot(pending_.ids[static_cast<std::size_t>(t)])); });
   }
-  Dense<double> gradient_products(const Dense<Factor>& s) const {
+  Dense<Factor> gradient_products(const Dense<Factor>& s) const {
     return gradient_products(s, pending_.ones(gram_.sums(), classes));
   }
 
   // U <- U J + (U's first columns) (2 H gq)' B, of U - I
-  void move_factor(const Carry& j, const Dense<Factor>& hidden, const Dense<Factor>& b) {
-    Dense<Factor> t(width(), hidden.rows);
-    for (i64 k = 0; k < features; ++k)
-      for (i64 i = 0; i < hidden.rows; ++i) t.at(k, i) = hidden.at(i, k);
+  void move_factor(const Carry& j, const Dense<Factor>& b) {
+    // By examples, [m, width]: H U' of the first columns, U = I + what is kept.
+    Dense<Factor> t(b.rows, width());
+    for (i64 i = 0; i < t.rows; ++i) {
+      std::copy_n(pending_.hidden.row(i), features, t.row(i));
+      std::fill(t.row(i) + features, t.row(i) + width(), Factor{0});
+    }
     if (in_block_ > 0) {
-      Product<Factor> p{};
-      p.m = width();
-      p.n = hidden.rows;
+      Product<Factor> p = product_of(pending_.hidden, false, factor_, true, t);
       p.k = features;
-      p.a = factor_.data.data();
-      p.a_stride = width();
-      p.b = hidden.data.data();
-      p.b_stride = features;
-      p.b_transposed = true;
-      p.c = t.data.data();
-      p.c_stride = t.cols;
       p.beta = 1;
       multiply(p);
     }
-    const std::vector<Factor> q = doubled(pending_.gq);
-    for (i64 k = 0; k < width(); ++k) {
-      Factor* row = t.row(k);
-      for (std::size_t i = 0; i < q.size(); ++i) row[i] *= q[i];
+    for (i64 i = 0; i < t.rows; ++i) {
+      const auto q = static_cast<Factor>(2 * pending_.gq[static_cast<std::size_t>(i)]);
+      Factor* row = t.row(i);
+      for (i64 k = 0; k < width(); ++k) row[k] *= q;
     }
-    carry(j, features, factor_);
-    carry_from_identity(j, features, factor_);
-    product(t, false, b, false, factor_, Factor{1});
+    if (in_block_ > 0) {
+      carry(j, features, factor_);
+      carry_from_identity(j, features, factor_);
+    } else {
+      std::fill(factor_.data.begin(), factor_.data.end(), Factor{0});
+      carry_from_identity(j, features, factor_);
+    }
+    product(t, true, b, false, factor_, Factor{1});
   }
 
-  void move_omega(const Carry& j, const Dense<double>& b) {
+  // Zero as long as no loss has a derivative by s.
+  void move_omega(const Carry& j, const Dense<Factor>& b) {
+    const auto none = [](double x) { return x == 0; };
+    if (std::all_of(omega_.begin(), omega_.end(), none) && std::all_of(pending_.gs.begin(), pending_.gs.end(), none))
+      return;
     std::vector<double> s(static_cast<std::size_t>(b.rows));
-    for (i64 i = 0; i < b.rows; ++i) {
-      double dot = 0;
-      for (i64 k = 0; k < features; ++k) dot += omega_[static_cast<std::size_t>(k)] * pending_.hidden.at(i, k);
-      s[static_cast<std::size_t>(i)] =
-          2 * pending_.gq[static_cast<std::size_t>(i)] * dot + pending_.gs[static_cast<std::size_t>(i)];
-    }
+    for (std::size_t i = 0; i < s.size(); ++i)
+      s[i] =
+          2 * pending_.gq[i] * dot(omega_.data(), pending_.hidden.row(static_cast<i64>(i)), features) + pending_.gs[i];
     carry_row(j, features, width(), omega_.data());
-    for (i64 i = 0; i < b.rows; ++i)
-      for (i64 k = 0; k < width(); ++k)
-        omega_[static_cast<std::size_t>(k)] += s[static_cast<std::size_t>(i)] * b.at(i, k);
+    for (i64 i = 0; i < b.rows; ++i) add_times(s[static_cast<std::size_t>(i)], b.row(i), width(), omega_.data());
   }
 
+  // Whether another step of the hot rows would cost more than to end the block, about two products of its matrix.
+  bool crowded(i64 examples) const {
+    constexpr double kWorth = 1 << 22;
+    const double rows = static_cast<double>(hot_.rows) * static_cast<double>(examples);
+    const auto side = static_cast<double>(width());
+    return rows > side * side && rows * side > kWorth;
+  }
   void begin_block() {
     factor_ = Dense<Factor>(width(), width());
     hot_.resize(0, width());
     hot_ids_.clear();
-    slots_.clear();
     in_block_ = 0;
   }
   void close_block() {
@@ -350,6 +313,7 @@ class BlockedExact final : public ExactCore {
       for (i64 k = 0; k < width(); ++k)
         hot_.at(i, k) = static_cast<Factor>(static_cast<double>(hot_.at(i, k)) - omega_[static_cast<std::size_t>(k)]);
     if (in_block_ > 0 || hot_.rows > 0) {
+      if (in_block_ == 0) std::fill(factor_.data.begin(), factor_.data.end(), Factor{0});
       store_.close(std::move(factor_), hot_ids_, hot_);
       ++blocks_;
     }
@@ -366,21 +330,21 @@ class BlockedExact final : public ExactCore {
     gram_.reset();
     for (i64 first = 0; first < classes; first += kChunk) {
       const Dense<Factor> rows = read_range(first, std::min(kChunk, classes - first));
-      Dense<double> wide(rows.rows, rows.cols);
-      std::copy(rows.data.begin(), rows.data.end(), wide.data.begin());
+      Dense<double> wide;
+      convert(rows, wide);
       gram_.add(wide);
     }
+    gram_.settle();
   }
 
   ExactOptions options_;
   RowStore<Row, Factor> store_;
-  Gram gram_;
-  Pending pending_;
+  Gram<Factor> gram_;
+  Pending<Factor> pending_;
   std::vector<double> omega_;  // added to every row that is not hot
-  Dense<Factor> factor_;       // U - I, see exact_log.h
+  Dense<Factor> factor_;       // U - I, see exact_log.h; not set before the first step of a block
   Dense<Factor> hot_;
   std::vector<i64> hot_ids_;
-  std::unordered_map<i64, i64> slots_;
   i64 in_block_ = 0, base_ = 0, version_ = 0, steps_ = 0, blocks_ = 0, fetched_ = 0;
 };
 

@@ -7,18 +7,33 @@
 
 namespace widehead {
 
-// What a forward pass keeps: the batch, its targets by place in `rows`, and H times W'W.
+// What a forward pass keeps; a method adds its own.
 class ExactBatch {
  public:
-  cpu::Dense<double> hidden;          // [m, d]
-  cpu::Dense<double> hidden_squares;  // [m, width]
   std::vector<cpu::i64> indptr, ids;  // the targets
   cpu::i64 steps = 0;                 // of the head when this was made
   cpu::i64 base = 0;                  // of the rows: how often they had been brought together
   bool train = false;
-  std::vector<cpu::i64> unique;  // the targets in ascending order, and their rows, where the method keeps them here
-  cpu::Dense<double> rows;
+  std::vector<cpu::i64> unique;  // the targets in ascending order, where the method keeps their rows with the batch
+
+  cpu::i64 examples() const { return static_cast<cpu::i64>(indptr.size()) - 1; }
+  void set_targets(const Labels& target) {
+    indptr.resize(static_cast<std::size_t>(target.rows) + 1);
+    const cpu::i64 start = target.indptr ? target.indptr[0] : 0;
+    for (cpu::i64 i = 0; i <= target.rows; ++i)
+      indptr[static_cast<std::size_t>(i)] = target.indptr ? target.indptr[i] - start : i;
+    ids.assign(target.indices + start, target.indices + start + indptr.back());
+  }
 };
+
+namespace cpu {
+// With the batch, H times W'W, and rows of its targets.
+template <class Real>
+class KeptBatch final : public ExactBatch {
+ public:
+  Dense<Real> hidden, hidden_squares, rows;  // [m, d], [m, width], [unique, width]
+};
+}  // namespace cpu
 
 class ExactCore {
  public:

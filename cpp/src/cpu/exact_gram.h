@@ -5,6 +5,7 @@
 #pragma once
 #include <algorithm>
 #include <cmath>
+#include <type_traits>
 
 #include "cpu/exact_matrix.h"
 
@@ -48,6 +49,9 @@ void carry_from_identity(const Carry& j, i64 d, Dense<Real>& square) {
   }
 }
 
+// R'R and R'1 are kept in float64 and take what a step adds, which is computed in Real: it is small beside them, and what it is
+// off by fades with the steps that follow, as all of R'R does.
+template <class Real>
 class Gram {
  public:
   Gram(i64 features, i64 width)
@@ -60,54 +64,50 @@ class Gram {
     std::fill(squares_.data.begin(), squares_.data.end(), 0.0);
     std::fill(sums_.begin(), sums_.end(), 0.0);
   }
+  // After the last add(): settle().
   void add(const Dense<double>& rows) {
-    product(rows, true, rows, false, squares_, 1.0);
+    Product<double> p = product_of(rows, true, rows, false, squares_);
+    p.beta = 1;
+    p.lower = true;
+    multiply(p);
     for (i64 r = 0; r < rows.rows; ++r)
       for (i64 k = 0; k < rows.cols; ++k) sums_[static_cast<std::size_t>(k)] += rows.at(r, k);
   }
+  void settle() {
+    by_tiles([&](i64 r, i64 c) { squares_.at(c, r) = squares_.at(r, c); });
+    round();
+  }
 
   // H [m, d] times the first d rows of R'R, [m, width]; q and s of the batch.
-  void statistics(const Dense<double>& hidden, Dense<double>& hidden_squares, double* q, double* s) const {
+  void statistics(const Dense<Real>& hidden, Dense<Real>& hidden_squares, double* q, double* s) const {
     hidden_squares.resize(hidden.rows, squares_.cols);
-    Product<double> p{};
-    p.m = hidden.rows;
-    p.n = squares_.cols;
+    Product<Real> p = product_of(hidden, false, rounded(), false, hidden_squares);
     p.k = d_;
-    p.a = hidden.data.data();
-    p.a_stride = d_;
-    p.b = squares_.data.data();
-    p.b_stride = p.c_stride = squares_.cols;
-    p.c = hidden_squares.data.data();
     multiply(p);
     for (i64 i = 0; i < hidden.rows; ++i) {
-      double squares = 0, sum = 0;
-      for (i64 k = 0; k < d_; ++k) {
-        squares += hidden_squares.at(i, k) * hidden.at(i, k);
-        sum += hidden.at(i, k) * sums_[static_cast<std::size_t>(k)];
-      }
-      q[i] = squares;
-      s[i] = sum;
+      q[i] = dot(hidden_squares.row(i), hidden.row(i), d_);
+      s[i] = dot(sums_.data(), hidden.row(i), d_);
     }
   }
 
   // x [m, width] = S'R, its rows carried already; m_ = S'S; ones = S'1.
-  void step(const Carry& j, Dense<double>& x, const Dense<double>& m, const std::vector<double>& ones,
-            const Dense<double>& b) {
+  void step(const Carry& j, Dense<Real>& x, const Dense<Real>& m, const std::vector<double>& ones,
+            const Dense<Real>& b) {
     if (squares_.cols > d_ || j.j11 != 1) {
       carry(j, d_, squares_);
       by_tiles([&](i64 r, i64 c) { std::swap(squares_.at(r, c), squares_.at(c, r)); });
       carry(j, d_, squares_);
     }
     carry(j, d_, x);
-    product(m, false, b, false, x, 1.0, 0.5);
+    product(m, false, b, false, x, Real{1}, Real{0.5});
     product(x, true, b, false, half_);
     by_tiles([&](i64 r, i64 c) {
-      squares_.at(r, c) = squares_.at(c, r) = squares_.at(r, c) + (half_.at(r, c) + half_.at(c, r));
+      squares_.at(r, c) = squares_.at(c, r) =
+          squares_.at(r, c) + (static_cast<double>(half_.at(r, c)) + static_cast<double>(half_.at(c, r)));
     });
+    round();
     carry_row(j, d_, squares_.cols, sums_.data());
-    for (i64 i = 0; i < b.rows; ++i)
-      for (i64 k = 0; k < b.cols; ++k)
-        sums_[static_cast<std::size_t>(k)] += ones[static_cast<std::size_t>(i)] * b.at(i, k);
+    for (i64 i = 0; i < b.rows; ++i) add_times(ones[static_cast<std::size_t>(i)], b.row(i), b.cols, sums_.data());
   }
 
   // |Q p - W'(W p)| over |Q p| for p of alternating signs that fade; read(first, n) gives rows of R.
@@ -136,6 +136,18 @@ class Gram {
   }
 
  private:
+  // squares_ in Real.
+  const Dense<Real>& rounded() const {
+    if constexpr (std::is_same_v<Real, double>) {
+      return squares_;
+    } else {
+      return rounded_;
+    }
+  }
+  void round() {
+    if constexpr (!std::is_same_v<Real, double>) convert(squares_, rounded_);
+  }
+
   // f(r, c) for c <= r, by tiles: the columns of a matrix lie far apart.
   template <class F>
   void by_tiles(F f) {
@@ -148,7 +160,8 @@ class Gram {
   }
 
   i64 d_;
-  Dense<double> squares_, half_;
+  Dense<double> squares_;
+  Dense<Real> half_, rounded_;
   std::vector<double> sums_;
 };
 

@@ -5,6 +5,7 @@
 // that a row takes one product a level. When a level is full it goes up as one interval; rows whose label lies strictly within it move
 // to its end, rows at its start stay: no pass over all rows, ever.
 #pragma once
+#include <algorithm>
 #include <unordered_map>
 #include <utility>
 
@@ -70,12 +71,13 @@ class BlockLog {
     return found == places_.end() ? Place{} : found->second;
   }
 
-  // Takes the matrix of a block less I. move(label, to, suffix) multiplies the rows of a label and gives them the label `to`.
+  // Takes the matrix of a block less I, in which so many `rows` were written. move(label, to, suffix) multiplies the rows of a label and gives them the label `to`.
   template <class Move>
-  void push(Dense<Factor> block, Move move) {
+  void push(Dense<Factor> block, i64 rows, Move move) {
+    const i64 full = radix_for(rows);
     append(0, {end_, {std::move(block)}});
     ++end_;
-    for (std::size_t l = 0; levels_[l].size() >= static_cast<std::size_t>(radix_); ++l) {
+    for (std::size_t l = 0; levels_[l].size() >= static_cast<std::size_t>(full); ++l) {
       for (std::size_t i = 1; i < levels_[l].size(); ++i) move(levels_[l][i].start, end_, levels_[l][i].suffix);
       Interval whole = std::move(levels_[l].front());
       levels_[l].clear();
@@ -95,6 +97,12 @@ class BlockLog {
   }
 
  private:
+  // A block takes about (radix - 1) / 2 products of matrices, a row one product with a matrix for each level that it goes through.
+  // With few rows in a block low levels are cheaper. It may change at any time.
+  i64 radix_for(i64 rows) const {
+    const i64 by = 2 * rows <= width_ ? 4 : rows < width_ ? 2 : 1;
+    return std::max<i64>(std::min<i64>(radix_, 2), radix_ / by);
+  }
   void append(std::size_t level, Interval interval) {
     interval.suffix.settle();
     Dense<Factor> scratch(width_, width_);

@@ -2,12 +2,13 @@
 #pragma once
 #include <algorithm>
 
+#include "cpu/exact_core.h"
 #include "cpu/exact_gram.h"
-#include "widehead/exact.h"
 
 namespace widehead::cpu {
 
 // One batch after another, as one: gradients add up.
+template <class Real>
 class Pending {
  public:
   explicit Pending(i64 features, i64 width) : d_(features), width_(width) { clear(); }
@@ -23,28 +24,33 @@ class Pending {
     gs.clear();
   }
   // x [m, width] = S'R of the batch.
-  void add(const Dense<double>& batch, const std::vector<i64>& batch_indptr, const std::vector<i64>& batch_ids,
-           const double* grad_A, const double* grad_q, const double* grad_s, const Dense<double>& x) {
-    append(hidden, batch);
-    append(by_rows, x);
+  void add(const KeptBatch<Real>& batch, const double* grad_A, const double* grad_q, const double* grad_s,
+           Dense<Real> x) {
+    append(hidden, batch.hidden);
+    if (examples() == 0) {
+      std::swap(by_rows, x);
+    } else {
+      append(by_rows, x);
+    }
     const i64 before = static_cast<i64>(ids.size());
-    for (std::size_t i = 1; i < batch_indptr.size(); ++i) indptr.push_back(before + batch_indptr[i]);
-    ids.insert(ids.end(), batch_ids.begin(), batch_ids.end());
-    gA.insert(gA.end(), grad_A, grad_A + batch_ids.size());
-    gq.insert(gq.end(), grad_q, grad_q + batch.rows);
-    gs.insert(gs.end(), grad_s, grad_s + batch.rows);
+    for (std::size_t i = 1; i < batch.indptr.size(); ++i) indptr.push_back(before + batch.indptr[i]);
+    ids.insert(ids.end(), batch.ids.begin(), batch.ids.end());
+    gA.insert(gA.end(), grad_A, grad_A + batch.ids.size());
+    gq.insert(gq.end(), grad_q, grad_q + batch.examples());
+    gs.insert(gs.end(), grad_s, grad_s + batch.examples());
   }
   void scale(double c) {
-    for (auto* v : {&gA, &gq, &gs, &by_rows.data})
+    for (auto* v : {&gA, &gq, &gs})
       for (double& x : *v) x *= c;
+    for (Real& x : by_rows.data) x *= static_cast<Real>(c);
   }
 
   // S'1 [m], from W'1 and the number of classes.
   std::vector<double> ones(const std::vector<double>& sums, i64 classes) const {
     std::vector<double> out(gq.size());
     for (i64 i = 0; i < examples(); ++i) {
-      double s = 0, y = 0;
-      for (i64 k = 0; k < d_; ++k) s += hidden.at(i, k) * sums[static_cast<std::size_t>(k)];
+      const double s = dot(sums.data(), hidden.row(i), d_);
+      double y = 0;
       for (i64 t = indptr[static_cast<std::size_t>(i)]; t < indptr[static_cast<std::size_t>(i) + 1]; ++t)
         y += gA[static_cast<std::size_t>(t)];
       out[static_cast<std::size_t>(i)] =
@@ -56,53 +62,51 @@ class Pending {
   // S'S [m, m]: (S'W) (2 H gq) + (S'1) gs' + S'Y, where S'Y sums the target's entries of S over the sparse part.
   // outputs [nnz, m]: the row of each target times every example.
   template <class OutputRow>
-  Dense<double> products(const std::vector<double>& ones, OutputRow output_row) const {
+  Dense<Real> products(const std::vector<double>& ones, OutputRow output_row) const {
     const i64 m = examples();
-    Dense<double> out(m, m), scaled(m, d_);
+    Dense<Real> out(m, m);
+    Product<Real> p = product_of(hidden, false, by_rows, true, out);
+    p.b_stride = width_;
+    p.k = d_;
+    multiply(p);
+    // Row j of the transposed: from S'Y, gA times the row of S at each target of example j.
+    for (i64 j = 0; j < m; ++j) {
+      Real* row = out.row(j);
+      const auto q = static_cast<Real>(2 * gq[static_cast<std::size_t>(j)]);
+      for (i64 i = 0; i < m; ++i) row[i] *= q;
+      add_times(gs[static_cast<std::size_t>(j)], ones.data(), m, row);
+      for (i64 t = indptr[static_cast<std::size_t>(j)]; t < indptr[static_cast<std::size_t>(j) + 1]; ++t)
+        add_times(gA[static_cast<std::size_t>(t)], output_row(t), m, row);
+    }
     for (i64 i = 0; i < m; ++i)
-      for (i64 k = 0; k < d_; ++k) scaled.at(i, k) = 2 * gq[static_cast<std::size_t>(i)] * hidden.at(i, k);
-    Dense<double> by_weight(m, d_);
-    for (i64 i = 0; i < m; ++i) std::copy_n(by_rows.row(i), d_, by_weight.row(i));
-    product(by_weight, false, scaled, true, out);
-    for (i64 i = 0; i < m; ++i)
-      for (i64 j = 0; j < m; ++j) out.at(i, j) += ones[static_cast<std::size_t>(i)] * gs[static_cast<std::size_t>(j)];
-    // S'Y: for a target of example j, column j gets gA times the row of S at the target.
-    for (i64 j = 0; j < m; ++j)
-      for (i64 t = indptr[static_cast<std::size_t>(j)]; t < indptr[static_cast<std::size_t>(j) + 1]; ++t) {
-        const double g = gA[static_cast<std::size_t>(t)];
-        const auto* row = output_row(t);
-        for (i64 i = 0; i < m; ++i) out.at(i, j) += g * static_cast<double>(row[i]);
-      }
-    for (i64 i = 0; i < m; ++i)
-      for (i64 j = 0; j < i; ++j) out.at(i, j) = out.at(j, i) = 0.5 * (out.at(i, j) + out.at(j, i));
+      for (i64 j = 0; j < i; ++j) out.at(i, j) = out.at(j, i) = Real{0.5} * (out.at(i, j) + out.at(j, i));
     return out;
   }
 
   // Of the gradient G = S'H: |G|^2 = tr(S'S HH'), and the mean squares of its columns, diag(H'S'S H) / classes.
-  double norm2(const Dense<double>& products) const {
+  double norm2(const Dense<Real>& products) const {
     const i64 m = examples();
-    Dense<double> gram(m, m);
+    Dense<Real> gram(m, m);
     product(hidden, false, hidden, true, gram);
-    double sum = 0;
-    for (std::size_t i = 0; i < gram.data.size(); ++i) sum += products.data[i] * gram.data[i];
-    return std::max(sum, 0.0);  // rounding where all of it cancels
+    return std::max(dot(products.data.data(), gram.data.data(), m * m), 0.0);  // rounding where all of it cancels
   }
-  void columns(const Dense<double>& products, i64 classes, double* mean_squares) const {
-    Dense<double> weighted(examples(), d_);
+  void columns(const Dense<Real>& products, i64 classes, double* mean_squares) const {
+    Dense<Real> weighted(examples(), d_);
     product(products, false, hidden, false, weighted);
     for (i64 k = 0; k < d_; ++k) {
       double sum = 0;
-      for (i64 i = 0; i < examples(); ++i) sum += weighted.at(i, k) * hidden.at(i, k);
+      for (i64 i = 0; i < examples(); ++i)
+        sum += static_cast<double>(weighted.at(i, k)) * static_cast<double>(hidden.at(i, k));
       mean_squares[k] = std::max(sum, 0.0) / static_cast<double>(classes);
     }
   }
 
-  Dense<double> hidden, by_rows;
+  Dense<Real> hidden, by_rows;
   std::vector<i64> indptr, ids;
   std::vector<double> gA, gq, gs;
 
  private:
-  static void append(Dense<double>& to, const Dense<double>& rows) {
+  static void append(Dense<Real>& to, const Dense<Real>& rows) {
     to.data.insert(to.data.end(), rows.data.begin(), rows.data.end());
     to.rows += rows.rows;
   }

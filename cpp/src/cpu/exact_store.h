@@ -79,11 +79,16 @@ class RowStore {
     for (i64 k = 0; k < d; ++k) v[k] = static_cast<Row>(row[d + k]);
   }
 
-  // The row has left for a block; what list it stood in does not matter any more.
-  void take(i64 id) {
+  // The row has left for a block, where it has the place `slot`; what list it stood in does not matter any more.
+  void take(i64 id, i64 slot = 0) {
     const auto list = lists_.find(label(id));
     if (list != lists_.end()) drop_stale(list->second, id);
-    labels_[static_cast<std::size_t>(id)] = kAway;
+    labels_[static_cast<std::size_t>(id)] = kAway | static_cast<std::uint32_t>(slot);
+  }
+  // Of a row that has left, else -1.
+  i64 slot(i64 id) const {
+    const std::uint32_t x = labels_[static_cast<std::size_t>(id)];
+    return x & kAway ? static_cast<i64>(x & ~kAway) : -1;
   }
   // A row as of the end of the log.
   void put(i64 id, const Factor* row) {
@@ -104,7 +109,11 @@ class RowStore {
       labels_[static_cast<std::size_t>(ids[i])] = static_cast<std::uint32_t>(now);
       list.ids.push_back(ids[i]);
     }
-    log_.push(std::move(block), [&](i64 from, i64 to, const BlockMatrix<Factor>& suffix) { move(from, to, suffix); });
+    const auto written = lists_.find(now - 1);  // by put(), since the block began
+    const i64 rows_written =
+        static_cast<i64>(ids.empty() && written != lists_.end() ? written->second.ids.size() : ids.size());
+    log_.push(std::move(block), rows_written,
+              [&](i64 from, i64 to, const BlockMatrix<Factor>& suffix) { move(from, to, suffix); });
   }
 
   // All rows as they are, written in place; `finish(id, row)` adds what the store does not know.
@@ -126,7 +135,7 @@ class RowStore {
   }
 
  private:
-  static constexpr std::uint32_t kAway = ~0u;
+  static constexpr std::uint32_t kAway = 1u << 31;  // the rest is the slot; a label is below it
   // Rows that had the label when they were put in; those that have it still count.
   struct List {
     std::vector<i64> ids;

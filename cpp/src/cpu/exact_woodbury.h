@@ -37,13 +37,9 @@ class WoodburyExact final : public ExactCore {
 
   std::shared_ptr<ExactBatch> forward(const ConstAnyMatrix& hidden, const Labels& target, bool train, double* A,
                                       double* q, double* s) override {
-    auto batch = std::make_shared<ExactBatch>();
-    batch->hidden = as_double(hidden);
-    batch->indptr.resize(static_cast<std::size_t>(target.rows) + 1);
-    for (i64 i = 0; i <= target.rows; ++i)
-      batch->indptr[static_cast<std::size_t>(i)] = target.indptr ? target.indptr[i] - target.indptr[0] : i;
-    const i64* first = target.indices + (target.indptr ? target.indptr[0] : 0);
-    batch->ids.assign(first, first + batch->indptr.back());
+    auto batch = std::make_shared<KeptBatch<double>>();
+    load_rows(hidden, batch->hidden);
+    batch->set_targets(target);
     batch->steps = version_;
     batch->train = train;
     gram_.statistics(batch->hidden, batch->hidden_squares, q, s);
@@ -58,24 +54,25 @@ class WoodburyExact final : public ExactCore {
       for (i64 t = batch->indptr[static_cast<std::size_t>(i)]; t < batch->indptr[static_cast<std::size_t>(i) + 1];
            ++t) {
         const double* row = batch->rows.row(place(batch->unique, batch->ids[static_cast<std::size_t>(t)]));
-        A[t] = dot(row, uh.row(i)) + shift[static_cast<std::size_t>(i)];
+        A[t] = dot(row, uh.row(i), features) + shift[static_cast<std::size_t>(i)];
       }
     });
     return batch;
   }
 
-  void backward(const ExactBatch& batch, const double* grad_A, const double* grad_q, const double* grad_s,
+  void backward(const ExactBatch& any_batch, const double* grad_A, const double* grad_q, const double* grad_s,
                 AnyMatrix grad_hidden) override {
+    const auto& batch = static_cast<const KeptBatch<double>&>(any_batch);
     if (batch.steps != version_) throw Error("backward: the weights have taken a step since this batch's forward pass");
     const Dense<double> moved = batch.base == base_ ? Dense<double>() : base_rows(batch.unique);
     const Dense<double>& rows = batch.base == base_ ? batch.rows : moved;
-    Dense<double> x(batch.hidden.rows, features), sparse(batch.hidden.rows, features);
+    Dense<double> x(batch.hidden.rows, features), sparse = Dense<double>::zeros(batch.hidden.rows, features);
     parallel_for(batch.hidden.rows, [&](i64 i) {
       double* out = x.row(i);
       double sum = 0;
       for (i64 t = batch.indptr[static_cast<std::size_t>(i)]; t < batch.indptr[static_cast<std::size_t>(i) + 1]; ++t) {
         const double* row = rows.row(place(batch.unique, batch.ids[static_cast<std::size_t>(t)]));
-        for (i64 k = 0; k < features; ++k) sparse.at(i, k) += grad_A[t] * row[k];
+        add_times(grad_A[t], row, features, sparse.row(i));
         sum += grad_A[t];
       }
       for (i64 k = 0; k < features; ++k)
@@ -85,7 +82,7 @@ class WoodburyExact final : public ExactCore {
     product(sparse, false, factor_, false, x, 1.0);
     if (grad_hidden) store_rows(x, features, grad_hidden);
     if (!batch.train) return;
-    pending_.add(batch.hidden, batch.indptr, batch.ids, grad_A, grad_q, grad_s, x);
+    pending_.add(batch, grad_A, grad_q, grad_s, std::move(x));
     for (std::size_t i = 0; i < batch.unique.size(); ++i) {
       if (!slots_.emplace(batch.unique[i], rows_.rows).second) continue;
       ids_.push_back(batch.unique[i]);
@@ -167,11 +164,6 @@ class WoodburyExact final : public ExactCore {
   static i64 place(const std::vector<i64>& ids, i64 id) {
     return std::lower_bound(ids.begin(), ids.end(), id) - ids.begin();
   }
-  double dot(const double* x, const double* y) const {
-    double sum = 0;
-    for (i64 k = 0; k < features; ++k) sum += x[k] * y[k];
-    return sum;
-  }
   static std::vector<i64> range(i64 first, i64 n) {
     std::vector<i64> ids(static_cast<std::size_t>(n));
     for (i64 i = 0; i < n; ++i) ids[static_cast<std::size_t>(i)] = first + i;
@@ -213,7 +205,8 @@ class WoodburyExact final : public ExactCore {
   }
   std::vector<double> shifts(const Dense<double>& hidden) const {
     std::vector<double> out(static_cast<std::size_t>(hidden.rows));
-    for (i64 i = 0; i < hidden.rows; ++i) out[static_cast<std::size_t>(i)] = dot(omega_.data(), hidden.row(i));
+    for (i64 i = 0; i < hidden.rows; ++i)
+      out[static_cast<std::size_t>(i)] = dot(omega_.data(), hidden.row(i), features);
     return out;
   }
 
@@ -309,7 +302,8 @@ class WoodburyExact final : public ExactCore {
   void move_omega(double keep, const Dense<double>& e, const Dense<double>& b) {
     std::vector<double> s(static_cast<std::size_t>(b.rows));
     for (i64 i = 0; i < b.rows; ++i)
-      s[static_cast<std::size_t>(i)] = dot(omega_.data(), e.row(i)) + pending_.gs[static_cast<std::size_t>(i)];
+      s[static_cast<std::size_t>(i)] =
+          dot(omega_.data(), e.row(i), features) + pending_.gs[static_cast<std::size_t>(i)];
     for (double& x : omega_) x *= keep;
     for (i64 i = 0; i < b.rows; ++i)
       for (i64 k = 0; k < features; ++k)
@@ -353,12 +347,13 @@ class WoodburyExact final : public ExactCore {
     gram_.reset();
     for (i64 first = 0; first < classes; first += kChunk)
       gram_.add(read(range(first, std::min(kChunk, classes - first))));
+    gram_.settle();
   }
 
   ExactOptions options_;
   RowStore<Row, Factor> store_;
-  Gram gram_;
-  Pending pending_;
+  Gram<double> gram_;
+  Pending<double> pending_;
   Dense<double> rows_;  // of the targets of the gradient so far, in the base of this epoch
   std::vector<i64> ids_;
   std::unordered_map<i64, i64> slots_;

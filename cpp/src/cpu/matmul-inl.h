@@ -149,10 +149,68 @@ void product_block_as(const Product<typename M::Real>& p, const ProductBlock& bl
   } while (k < p.k);
 }
 
+// Packing the right operand pays from some rows on only. Below, it is read as it lies.
+constexpr i64 kFewRows = kMaxRows / 2, kFewVectors = kMaxRows == 12 ? 4 : 2;
+
+// Columns [col, col + kVectors vectors) of rows [row, row + kRows), of which those before `from` are left alone.
+template <class M, int kRows, int kVectors>
+void few_columns(const Product<typename M::Real>& p, i64 row, i64 col, i64 from) {
+  using Real = typename M::Real;
+  constexpr i64 kLanes = Simd<Real>::kLanes;
+  Vec<Real> acc[kRows][kVectors] = {};
+  const Real *a = p.a + row * p.a_stride, *b = p.b + col;
+  for (i64 k = 0; k < p.k; ++k, b += p.b_stride) {
+    Vec<Real> bv[kVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) bv[v] = load(b + v * kLanes);
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i) {
+      const auto av = splat(a[i * p.a_stride + k]);
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) acc[i][v] = M::madd(acc[i][v], av, bv[v]);
+    }
+  }
+  alignas(64) Real out[kVectors * kLanes];
+  for (int i = 0; i < kRows; ++i) {
+    for (int v = 0; v < kVectors; ++v) store(out + v * kLanes, acc[i][v]);
+    Real* c = p.c + (row + i) * p.c_stride + col;
+    for (i64 j = from - col; j < kVectors * kLanes; ++j)
+      c[j] = p.beta == 0 ? p.alpha * out[j] : p.beta * c[j] + p.alpha * out[j];
+  }
+}
+
+template <class M, int kVectors>
+void few_rows(const Product<typename M::Real>& p, i64 row, i64 rows, i64 col, i64 from) {
+  static_assert(kFewRows <= 6);
+  switch (rows) {
+    case 1: return few_columns<M, 1, kVectors>(p, row, col, from);
+    case 2: return few_columns<M, 2, kVectors>(p, row, col, from);
+    case 3: return few_columns<M, 3, kVectors>(p, row, col, from);
+    case 4: return few_columns<M, 4, kVectors>(p, row, col, from);
+    case 5: return few_columns<M, 5, kVectors>(p, row, col, from);
+    default: return few_columns<M, 6, kVectors>(p, row, col, from);
+  }
+}
+
+template <class M>
+void product_few(const Product<typename M::Real>& p, const ProductBlock& block) {
+  constexpr i64 kLanes = Simd<typename M::Real>::kLanes, kWide = kFewVectors * kLanes;
+  const i64 end = block.col + block.cols;
+  for (i64 row = block.row; row < block.row + block.rows; row += kFewRows) {
+    const i64 rows = at_most(kFewRows, block.row + block.rows - row);
+    i64 col = block.col;
+    for (; col + kWide <= end; col += kWide) few_rows<M, kFewVectors>(p, row, rows, col, col);
+    for (; col + kLanes <= end; col += kLanes) few_rows<M, 1>(p, row, rows, col, col);
+    if (col < end) few_rows<M, 1>(p, row, rows, end - kLanes, col);
+  }
+}
+
 template <class M>
 void product_block(const Product<typename M::Real>& p, const ProductBlock& block, void* scratch) {
   auto* s = static_cast<typename M::Real*>(scratch);
-  if (p.a_transposed) {
+  if (p.m <= 2 * kFewRows && !p.a_transposed && !p.b_transposed && !p.lower && p.n >= Simd<typename M::Real>::kLanes) {
+    product_few<M>(p, block);
+  } else if (p.a_transposed) {
     product_block_as<M, Order::columns>(p, block, s);
   } else {
     product_block_as<M, Order::rows>(p, block, s);
