@@ -75,6 +75,7 @@ NB_MODULE(_core, m) {
   bind_bag(m);
   bind_dense(m);
   bind_exact(m);
+  bind_hash_index(m);
   bind_ngrams(m);
   bind_rows(m);
   bind_sparse(m);

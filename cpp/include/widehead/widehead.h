@@ -6,6 +6,7 @@
 #include "widehead/error.h"
 #include "widehead/exact.h"
 #include "widehead/fault.h"
+#include "widehead/hash_index.h"
 #include "widehead/isa.h"
 #include "widehead/labels.h"
 #include "widehead/loss.h"

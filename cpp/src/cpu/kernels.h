@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "cpu/bag.h"
+#include "cpu/hash.h"
 #include "cpu/matmul.h"
 #include "widehead/loss.h"
 #include "widehead/update.h"
@@ -130,6 +131,7 @@ struct Kernels {
   UpdateKernels update;
   BagKernels bag;
   ProductKernels product;
+  HashKernels hash;
 };
 
 const Kernels& kernels();  // of the current unit
