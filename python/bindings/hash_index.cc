@@ -20,10 +20,10 @@ HashFamily family_of(const std::string& name) {
   throw ShapeError("family: expected 'wta', 'dwta' or 'simhash', got '" + name + "'");
 }
 
-class Index {
+class TheHashIndex {
  public:
-  Index(std::int64_t features, bool bias, const std::string& family, int tables, int hashes, int window,
-        std::int64_t max_bucket, std::uint64_t seed)
+  TheHashIndex(std::int64_t features, bool bias, const std::string& family, int tables, int hashes, int window,
+               std::int64_t max_bucket, std::uint64_t seed)
       : index_(features, bias, {family_of(family), tables, hashes, window, max_bucket, seed}) {}
 
   void build(nb::handle weight, nb::handle bias) {
@@ -108,16 +108,17 @@ class Index {
 }  // namespace
 
 void bind_hash_index(nb::module_& m) {
-  nb::class_<Index>(m, "HashIndex", "Hash tables over the rows of a matrix; see hash_index.h.")
+  nb::class_<TheHashIndex>(m, "HashIndex", "Hash tables over the rows of a matrix; see hash_index.h.")
       .def(nb::init<std::int64_t, bool, const std::string&, int, int, int, std::int64_t, std::uint64_t>(), "features"_a,
            nb::kw_only(), "bias"_a = false, "family"_a = "wta", "tables"_a = 50, "hashes"_a = 4, "window"_a = 8,
            "max_bucket"_a = 0, "seed"_a = 0)
-      .def("build", &Index::build, "weight"_a, "bias"_a.none() = nb::none())
-      .def("update", &Index::update, "ids"_a, "weight"_a, "bias"_a.none() = nb::none())
-      .def("query", &Index::query, "hidden"_a, nb::kw_only(), "ids"_a, "counts"_a.none() = nb::none(), "probes"_a = 0)
-      .def("keys", &Index::keys, "rows"_a, "bias"_a.none() = nb::none(), nb::kw_only(), "out"_a)
-      .def("statistics", &Index::statistics)
-      .def_prop_ro("rows", [](const Index& i) { return i.rows(); });
+      .def("build", &TheHashIndex::build, "weight"_a, "bias"_a.none() = nb::none())
+      .def("update", &TheHashIndex::update, "ids"_a, "weight"_a, "bias"_a.none() = nb::none())
+      .def("query", &TheHashIndex::query, "hidden"_a, nb::kw_only(), "ids"_a, "counts"_a.none() = nb::none(),
+           "probes"_a = 0)
+      .def("keys", &TheHashIndex::keys, "rows"_a, "bias"_a.none() = nb::none(), nb::kw_only(), "out"_a)
+      .def("statistics", &TheHashIndex::statistics)
+      .def_prop_ro("rows", [](const TheHashIndex& i) { return i.rows(); });
 }
 
 }  // namespace widehead::python

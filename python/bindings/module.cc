@@ -76,6 +76,7 @@ NB_MODULE(_core, m) {
   bind_dense(m);
   bind_exact(m);
   bind_hash_index(m);
+  bind_hashed(m);
   bind_ngrams(m);
   bind_rows(m);
   bind_sparse(m);

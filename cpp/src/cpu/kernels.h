@@ -5,6 +5,7 @@
 
 #include "cpu/bag.h"
 #include "cpu/hash.h"
+#include "cpu/hashed.h"
 #include "cpu/matmul.h"
 #include "widehead/loss.h"
 #include "widehead/update.h"
@@ -132,6 +133,7 @@ struct Kernels {
   BagKernels bag;
   ProductKernels product;
   HashKernels hash;
+  HashedKernels hashed;
 };
 
 const Kernels& kernels();  // of the current unit
