@@ -31,7 +31,7 @@ void check_rows(const char* name, const ConstAnyMatrix& rows, const ConstAnyVect
   if (!bias && (!has_bias || optional_bias)) return;
   expect(has_bias, "bias: expected none of an index without a bias");
   expect_size("bias", bias, rows.rows, true);
-  expect_dtype("bias", bias.dtype, bias.dtype == rows.dtype, name_of(rows.dtype));
+  expect_dtype("bias", bias.dtype, floating(bias.dtype), "float32, bfloat16, float16 or float64");
 }
 
 }  // namespace

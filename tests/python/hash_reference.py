@@ -118,9 +118,11 @@ def keys(rows: NDArray, family: str, tables: int, hashes: int, window: int, seed
     return out
 
 
-def query(index_keys: NDArray, query_keys: NDArray, candidates: int, max_bucket: int = 0) -> list[list[tuple[int, int]]]:
+def query(
+    index_keys: NDArray, query_keys: NDArray, candidates: int, max_bucket: int = 0
+) -> list[list[tuple[int, int]]]:
     """(class, collisions) of each query, most collisions first, then by class."""
-    n, tables = index_keys.shape
+    tables = index_keys.shape[1]
     sizes = [Counter(index_keys[:, t].tolist()) for t in range(tables)]
     out = []
     for row in query_keys:

@@ -61,7 +61,7 @@ class HashIndex {
   HashIndex(HashIndex&&) noexcept;
   HashIndex& operator=(HashIndex&&) noexcept;
 
-  // Hashes all rows anew. weight [N, d], bias [N]: float32 | bfloat16 | float16 | float64, hashed as float32.
+  // Hashes all rows anew. weight [N, d], bias [N], each float32 | bfloat16 | float16 | float64, hashed as float32.
   // Throws ShapeError, DtypeError before anything changes.
   void build(const ConstAnyMatrix& weight, const ConstAnyVector& bias);
   // Hashes the rows ids[i] of `weight` anew; the others stay where they are. The tables are then what build() would make

@@ -35,10 +35,9 @@ inline void load_group(const HashRows& p, i64 at, float* tile) {
   for (i64 lane = 0; lane < kHashLanes; ++lane)
     for (i64 j = k; j < width; ++j) tile[j * kHashLanes + lane] = hash_element(p.rows, row[lane] * p.rows.stride + j);
   if (!p.has_bias) return;
-  ConstAnyMatrix bias = p.rows;
-  bias.data = p.bias;
+  const ConstAnyMatrix bias{p.bias.data, p.bias.dtype, p.bias.size, 1, 1};
   for (i64 lane = 0; lane < kHashLanes; ++lane)
-    tile[width * kHashLanes + lane] = p.bias ? hash_element(bias, row[lane]) : 1.0f;
+    tile[width * kHashLanes + lane] = p.bias.data ? hash_element(bias, row[lane]) : 1.0f;
 }
 
 // All ones in the lanes of rows that can be hashed.

@@ -25,7 +25,7 @@ constexpr std::uint32_t kNoKey = ~0u;
 struct HashRows {
   const HashFunctions* functions;
   ConstAnyMatrix rows;
-  const void* bias;  // of the rows' type, or null: `constant`
+  ConstAnyVector bias;  // or empty: 1
   bool has_bias;
   const std::int64_t* ids;  // or null
   std::int64_t first, n;

@@ -153,8 +153,17 @@ void HashTables::query(const HashQuery& q) const {
     std::vector<float> margins(static_cast<std::size_t>(q.probes > 0 ? n * codes : 0));
     std::vector<std::uint8_t> seconds(margins.size());
     std::vector<u32> keys(static_cast<std::size_t>(f.tables * n));
-    kernels.rows({&f, q.hidden, nullptr, bias, nullptr, first, n, keys.data(), n,
-                  q.probes > 0 ? margins.data() : nullptr, seconds.data()},
+    kernels.rows({&f,
+                  q.hidden,
+                  {},
+                  bias,
+                  nullptr,
+                  first,
+                  n,
+                  keys.data(),
+                  n,
+                  q.probes > 0 ? margins.data() : nullptr,
+                  seconds.data()},
                  scratch.data());
     Counter counter(rows);
     std::vector<Found> best;

@@ -122,7 +122,8 @@ HashTables::HashTables(i64 features_, bool bias_, const HashOptions& options_)
 }
 
 template <class Put>
-void HashTables::hash(const ConstAnyMatrix& weight, const void* bias_data, const i64* ids, i64 n, Put put) const {
+void HashTables::hash(const ConstAnyMatrix& weight, const ConstAnyVector& bias_data, const i64* ids, i64 n,
+                      Put put) const {
   constexpr i64 kChunk = 1024;
   const cpu::HashKernels& kernels = cpu::kernels().hash;
   const cpu::HashFunctions& f = draws_.functions();
@@ -141,15 +142,14 @@ void HashTables::build(const ConstAnyMatrix& weight, const ConstAnyVector& bias_
     for (cpu::HashTable& table : tables_) table.resize(weight.rows, key_bits(options));
     rows = weight.rows;
   }
-  hash(weight, bias_data.data, nullptr, rows,
+  hash(weight, bias_data, nullptr, rows,
        [&](i64 t, i64 i, u32 key) { tables_[static_cast<std::size_t>(t)].keys.set(i, key); });
   parallel_for(options.tables, [&](i64 t) { tables_[static_cast<std::size_t>(t)].rebuild(); });
 }
 
 i64 HashTables::update(const i64* ids, i64 n, const ConstAnyMatrix& weight, const ConstAnyVector& bias_data) {
   std::vector<u32> found(static_cast<std::size_t>(options.tables * n));
-  hash(weight, bias_data.data, ids, n,
-       [&](i64 t, i64 i, u32 key) { found[static_cast<std::size_t>(t * n + i)] = key; });
+  hash(weight, bias_data, ids, n, [&](i64 t, i64 i, u32 key) { found[static_cast<std::size_t>(t * n + i)] = key; });
   std::vector<i64> moved(static_cast<std::size_t>(options.tables), 0);
   parallel_for(options.tables, [&](i64 t) {
     const auto at = static_cast<std::size_t>(t);
@@ -163,7 +163,7 @@ i64 HashTables::update(const i64* ids, i64 n, const ConstAnyMatrix& weight, cons
 }
 
 void HashTables::keys(const ConstAnyMatrix& of, const ConstAnyVector& bias_data, std::int32_t* out) const {
-  hash(of, bias_data.data, nullptr, of.rows,
+  hash(of, bias_data, nullptr, of.rows,
        [&](i64 t, i64 i, u32 key) { out[i * options.tables + t] = static_cast<std::int32_t>(key); });
 }
 

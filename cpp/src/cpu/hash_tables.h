@@ -100,7 +100,8 @@ class HashTables {
  private:
   // put(table, i, key) for each of the rows, chunk by chunk, in parallel.
   template <class Put>
-  void hash(const ConstAnyMatrix& weight, const void* bias, const std::int64_t* ids, std::int64_t n, Put put) const;
+  void hash(const ConstAnyMatrix& weight, const ConstAnyVector& bias_data, const std::int64_t* ids, std::int64_t n,
+            Put put) const;
 
   cpu::HashDraws draws_;
   std::vector<cpu::HashTable> tables_;
