@@ -182,6 +182,10 @@ class ExactOptions:
         return self.loss == "spherical_softmax" if self.factors is None else self.factors == "float64"
 
 
+# Options of a hashed head that all heads have, or that are off.
+OF_ALL_HEADS = frozenset({"ignore_index", "reduction", "loss", "label_smoothing", "lse_penalty"})
+
+
 @dataclass(frozen=True)
 class HashedOptions:
     """Options of `HashedHead` that are plain numbers and names; None means off.
