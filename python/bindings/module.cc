@@ -76,6 +76,8 @@ NB_MODULE(_core, m) {
   bind_dense(m);
   bind_exact(m);
   bind_exact_device(m);
+  bind_hash_index(m);
+  bind_hashed(m);
   bind_ngrams(m);
   bind_rows(m);
   bind_sparse(m);

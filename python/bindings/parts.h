@@ -17,6 +17,8 @@ void bind_bag(nb::module_& m);
 void bind_dense(nb::module_& m);
 void bind_exact(nb::module_& m);
 void bind_exact_device(nb::module_& m);
+void bind_hash_index(nb::module_& m);
+void bind_hashed(nb::module_& m);
 void bind_ngrams(nb::module_& m);
 void bind_rows(nb::module_& m);
 void bind_sparse(nb::module_& m);

@@ -200,6 +200,51 @@ def rewire(
 class ExactBatch:
     """What a forward pass of the exact head keeps for its backward pass."""
 
+class HashIndex:
+    """Hash tables over the rows of a matrix; see hash_index.h. family: "wta" | "dwta" | "simhash"."""
+
+    def __init__(
+        self, features: int, *, bias: bool = False, family: str = "wta", tables: int = 50, hashes: int = 4,
+        window: int = 8, max_bucket: int = 0, seed: int = 0,
+    ) -> None: ...
+    def build(self, weight: Array, bias: Array | None = None) -> None: ...
+    # The number of entries that have moved. ids int64 [n].
+    def update(self, ids: Array, weight: Array, bias: Array | None = None) -> int: ...
+    # ids int64 and counts int32, both [batch, candidates]; -1 and 0 where there are no more.
+    def query(self, hidden: Array, *, ids: Array, counts: Array | None = None, probes: int = 0) -> None: ...
+    # out int32 [n, tables]; -1: in no table.
+    def keys(self, rows: Array, bias: Array | None = None, *, out: Array) -> None: ...
+    def statistics(self) -> dict[str, int]: ...
+    @property
+    def rows(self) -> int: ...
+
+class HashedBatch:
+    """What a forward pass of the hashed head keeps."""
+
+    @property
+    def pairs(self) -> int: ...
+    @property
+    def rows(self) -> int: ...
+    # The distinct classes, ascending; out int64 [rows].
+    def copy_rows(self, out: Array) -> None: ...
+
+# Softmax over candidates (int64 [batch, n], -1: none), targets and negatives (int64 [n], for the whole batch). losses,
+# lse, output float64 [batch]. estimator: "restricted" | "corrected" | "importance" (wants counts int32 and tables).
+def hashed_forward(
+    *, hidden: Array, weight: Array, bias: Array | None = None, indptr: Array | None, indices: Array,
+    values: Array | None = None, ignore_index: int = -100, estimator: str = "corrected",
+    candidates: Array | None = None, counts: Array | None = None, tables: int = 1, negatives: Array | None = None,
+    losses: Array, lse: Array | None = None, output: Array | None = None,
+) -> HashedBatch: ...
+# grad_losses float64 [batch]. drift float32 [n_classes] grows by what rows of the update move; returns how many passed
+# drift_limit, which are in moved (int64, room for all rows of the batch).
+def hashed_backward(
+    batch: HashedBatch, *, grad_losses: Array, weight: Array, bias: Array | None = None,
+    grad_hidden: Array | None = None, update: dict[str, Any] | None = None, drift: Array | None = None,
+    drift_limit: float = 0.03, moved: Array | None = None, grad_rows: Array | None = None,
+    grad_bias: Array | None = None,
+) -> int: ...
+
 class ExactState:
     """State of the exact head beside its weight [n_classes, in_features], float32 or float64, whose memory it keeps
     and uses; between calls of consolidate() that holds a factor of the weights. velocity: the same, for momentum."""

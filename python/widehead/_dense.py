@@ -13,7 +13,7 @@ from ._core import ShapeError
 from ._output import OutputHead, checked_class_weight
 from .labels import Target
 from .options import DenseOptions
-from .sampling import IGNORED, Proposal, sample_classes
+from .sampling import Proposal, sample_classes
 
 
 class DenseHead(OutputHead):
@@ -153,40 +153,7 @@ class DenseHead(OutputHead):
             step=self.steps,
             ignore_index=self.options.ignore_index if goal.indptr is None else None,
         )
-        weight = np.empty((len(sampled.rows), self.in_features), self._weight.dtype)
-        _core.gather_rows(weight=self._weight, rows=sampled.rows, out=weight)
-        arguments = {
-            "hidden": hidden,
-            "weight": weight,
-            "bias": None if self._bias is None else self._bias[sampled.rows],
-            "offset": sampled.offset,
-            "indptr": goal.indptr,
-            "indices": sampled.indices,
-            "values": goal.values,
-            "class_weight": None if self.class_weight is None else self.class_weight[sampled.rows],
-            **self._loss_arguments(),
-            "ignore_index": IGNORED,
-        }
-        lse = np.empty_like(losses)
-        grad_weight = np.empty(weight.shape, self._result)
-        grad_bias = None if self._bias is None else np.empty(len(weight), self._result)
-        _core.dense_forward(**arguments, losses=losses, output=None, lse=lse)
-        self._backward(
-            **arguments,
-            lse=lse,
-            grad_losses=scale,
-            grad_hidden=grad_hidden,
-            grad_weight=grad_weight,
-            grad_bias=grad_bias,
-        )
-        _core.update_rows(
-            weight=self._weight,
-            rows=sampled.rows,
-            grad=grad_weight,
-            bias=self._bias,
-            grad_bias=grad_bias,
-            update=update,
-        )
+        self._train_rows(sampled, hidden, goal, scale, losses, grad_hidden, update)
 
     def grow(
         self, n_classes: int, *, class_weight: ArrayLike | None = None, proposal: str | ArrayLike | None = None

@@ -16,6 +16,7 @@ from ._optimizer import ROUNDINGS
 from ._results import ForwardResult, Reduction, StepResult, TopKResult
 from .labels import Labels, Target, as_target, check_range
 from .options import DenseOptions, SparseOptions, choose
+from .sampling import IGNORED, SampledClasses
 
 
 class OutputHead(Head):
@@ -120,6 +121,52 @@ class OutputHead(Head):
             grad_hidden=grad_hidden,
             update=update,
             losses=None if lse is not None else losses,
+        )
+
+    def _train_rows(
+        self,
+        sampled: SampledClasses,
+        hidden: NDArray,
+        goal: Target,
+        scale: NDArray,
+        losses: NDArray,
+        grad_hidden: NDArray,
+        update: dict[str, Any],
+    ) -> None:
+        """A step on some classes, the same for all examples."""
+        weight = np.empty((len(sampled.rows), self.in_features), self._weight.dtype)
+        _core.gather_rows(weight=self._weight, rows=sampled.rows, out=weight)
+        arguments = {
+            "hidden": hidden,
+            "weight": weight,
+            "bias": None if self._bias is None else self._bias[sampled.rows],
+            "offset": sampled.offset,
+            "indptr": goal.indptr,
+            "indices": sampled.indices,
+            "values": goal.values,
+            "class_weight": None if self.class_weight is None else self.class_weight[sampled.rows],
+            **self._loss_arguments(),
+            "ignore_index": IGNORED,
+        }
+        lse = np.empty_like(losses)
+        grad_weight = np.empty(weight.shape, self._result)
+        grad_bias = None if self._bias is None else np.empty(len(weight), self._result)
+        _core.dense_forward(**arguments, losses=losses, output=None, lse=lse)
+        self._backward(
+            **arguments,
+            lse=lse,
+            grad_losses=scale,
+            grad_hidden=grad_hidden,
+            grad_weight=grad_weight,
+            grad_bias=grad_bias,
+        )
+        _core.update_rows(
+            weight=self._weight,
+            rows=sampled.rows,
+            grad=grad_weight,
+            bias=self._bias,
+            grad_bias=grad_bias,
+            update=update,
         )
 
     def _backward(self, **arguments: Any) -> None:

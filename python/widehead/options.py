@@ -11,6 +11,8 @@ from ._core import ShapeError
 LOSSES = ("softmax", "sampled_softmax", "bce", "squared_hinge")
 SPARSE_LOSSES = ("squared_hinge", "bce", "softmax")
 EXACT_LOSSES = ("squared_error", "spherical_softmax", "taylor_softmax", "z_loss")
+HASH_FAMILIES = ("wta", "dwta", "simhash")
+ESTIMATORS = ("corrected", "restricted", "importance")
 REWIRE_MODES = ("magnitude_global", "magnitude_row", "threshold")
 REDUCTIONS = ("none", "mean", "sum")
 
@@ -178,6 +180,67 @@ class ExactOptions:
     def wide(self) -> bool:
         """Whether small matrices and the rows in work are float64 beside float32 weights."""
         return self.loss == "spherical_softmax" if self.factors is None else self.factors == "float64"
+
+
+# Options of a hashed head that all heads have, or that are off.
+OF_ALL_HEADS = frozenset({"ignore_index", "reduction", "loss", "label_smoothing", "lse_penalty"})
+
+
+@dataclass(frozen=True)
+class HashedOptions:
+    """Options of `HashedHead` that are plain numbers and names; None means off.
+
+    Raises:
+        ShapeError: an unknown name or a number out of its range.
+    """
+
+    family: str = "wta"
+    tables: int = 50
+    hashes: int = 4
+    window: int = 8
+    candidates: int = 1000
+    negatives: int = 1000
+    estimator: str = "corrected"
+    shared: bool = False
+    max_bucket: int | None = None
+    probes: int = 0
+    drift: float = 0.03
+    rebuild_every: int | None = None
+    rebuild_growth: float = 1.0
+    ignore_index: int = -100
+    reduction: str = "mean"
+    loss: str = "sampled_softmax"
+    label_smoothing: float = 0.0
+    lse_penalty: float = 0.0
+
+    def __post_init__(self) -> None:
+        choose(self.loss, ("sampled_softmax",), "loss")
+        choose(self.family, HASH_FAMILIES, "family")
+        choose(self.estimator, ESTIMATORS, "estimator")
+        choose(self.reduction, REDUCTIONS, "reduction")
+        for name, least in (("candidates", 1), ("negatives", 0), ("probes", 0)):
+            whole(getattr(self, name), least, name)
+        for name in ("max_bucket", "rebuild_every"):
+            if getattr(self, name) is not None:
+                whole(getattr(self, name), 1, name)
+        if self.estimator == "importance" and self.shared:
+            raise ShapeError("shared: expected False with estimator='importance', got True")
+        if not 0.0 <= self.drift < math.inf:
+            raise ShapeError(f"drift: expected a finite number of at least 0, got {self.drift}")
+        if not 1.0 <= self.rebuild_growth < math.inf:
+            raise ShapeError(f"rebuild_growth: expected a finite number of at least 1, got {self.rebuild_growth}")
+        if self.label_smoothing != 0.0 or self.lse_penalty != 0.0:
+            raise ShapeError("label_smoothing, lse_penalty: expected 0 with a hashed head")
+
+    @property
+    def core_loss(self) -> str:
+        """The loss over all classes that the sampled one estimates."""
+        return "softmax"
+
+    def index_arguments(self) -> dict[str, Any]:
+        """The tables as `_core.HashIndex` takes them."""
+        names = ("family", "tables", "hashes", "window")
+        return {**{name: getattr(self, name) for name in names}, "max_bucket": self.max_bucket or 0}
 
 
 def check_rewiring(mode: str, fraction: float, threshold: float | None) -> None:

@@ -7,6 +7,8 @@
 #include "widehead/exact.h"
 #include "widehead/exact_device.h"
 #include "widehead/fault.h"
+#include "widehead/hash_index.h"
+#include "widehead/hashed.h"
 #include "widehead/isa.h"
 #include "widehead/labels.h"
 #include "widehead/loss.h"

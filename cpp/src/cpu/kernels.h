@@ -4,6 +4,8 @@
 #include <cstdint>
 
 #include "cpu/bag.h"
+#include "cpu/hash.h"
+#include "cpu/hashed.h"
 #include "cpu/matmul.h"
 #include "widehead/loss.h"
 #include "widehead/update.h"
@@ -130,6 +132,8 @@ struct Kernels {
   UpdateKernels update;
   BagKernels bag;
   ProductKernels product;
+  HashKernels hash;
+  HashedKernels hashed;
 };
 
 const Kernels& kernels();  // of the current unit

@@ -39,7 +39,7 @@ void pack_along(const Real* in, i64 stride, i64 depth, i64 rows, i64 padded, Rea
 
 // Lanes x lanes elements, rows to columns: as many perfect shuffles of the whole square as a lane number has bits.
 template <class Real>
-WIDEHEAD_INLINE void transpose_square(const Real* in, i64 stride, Real* out) {
+WIDEHEAD_INLINE void transpose_square(const Real* in, i64 stride, Real* out, i64 out_stride) {
   constexpr int kLanes = Simd<Real>::kLanes;
   typename Simd<Real>::I lower{}, upper{};
   for (int i = 0; i < kLanes; ++i) {
@@ -60,7 +60,7 @@ WIDEHEAD_INLINE void transpose_square(const Real* in, i64 stride, Real* out) {
     for (int i = 0; i < kLanes; ++i) x[i] = y[i];
   }
 #pragma GCC unroll 16
-  for (int i = 0; i < kLanes; ++i) store(out + i * kPanel<Real>, x[i]);
+  for (int i = 0; i < kLanes; ++i) store(out + i * out_stride, x[i]);
 }
 
 // in [width, depth] -> [width / PW][depth][PW]
@@ -71,7 +71,7 @@ void pack_transposed(const Real* in, i64 stride, i64 depth, i64 width, Real* out
     Real* panel = out + j / kP * kP * depth + j % kP;
     i64 k = 0;
     if (width - j >= kLanes)
-      for (; k + kLanes <= depth; k += kLanes) transpose_square(in + j * stride + k, stride, panel + k * kP);
+      for (; k + kLanes <= depth; k += kLanes) transpose_square(in + j * stride + k, stride, panel + k * kP, kP);
     for (; k < depth; ++k)
       for (i64 i = 0; i < kLanes; ++i) panel[k * kP + i] = j + i < width ? in[(j + i) * stride + k] : Real{0};
   }

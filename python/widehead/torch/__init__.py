@@ -5,6 +5,7 @@ from __future__ import annotations
 from ._head import Head, HeadOutput, HeadOutputLse, TopK
 from .exact import ExactHead
 from .exact_optim import FusedRMSprop, clip_grad_norm_
+from .hashed import HashedHead
 from .heads import DenseHead
 from .optim import FusedAdam, FusedOptimizer, FusedSGD
 from .sparse import SparseHead
@@ -16,6 +17,7 @@ __all__ = [
     "FusedOptimizer",
     "FusedRMSprop",
     "FusedSGD",
+    "HashedHead",
     "Head",
     "HeadOutput",
     "HeadOutputLse",
