@@ -41,7 +41,7 @@ class TheHashIndex {
     return index_.update(static_cast<const std::int64_t*>(i.data), i.size, w, b);
   }
 
-  void query(nb::handle hidden, nb::handle ids, nb::handle counts, int probes) {
+  void query(nb::handle hidden, nb::handle ids, nb::handle counts, int probes, bool ranked) {
     Arrays arrays;
     HashQuery q;
     q.hidden = arrays.matrix(hidden, {"hidden", "[batch, in_features]", kFloating});
@@ -51,6 +51,7 @@ class TheHashIndex {
     if (met) check_shape(met, q.hidden.rows, out.cols, "counts");
     q.candidates = out.cols;
     q.probes = probes;
+    q.ranked = ranked;
     q.ids = static_cast<std::int64_t*>(out.data);
     q.counts = static_cast<std::int32_t*>(met.data);
     nb::gil_scoped_release no_gil;
@@ -115,7 +116,7 @@ void bind_hash_index(nb::module_& m) {
       .def("build", &TheHashIndex::build, "weight"_a, "bias"_a.none() = nb::none())
       .def("update", &TheHashIndex::update, "ids"_a, "weight"_a, "bias"_a.none() = nb::none())
       .def("query", &TheHashIndex::query, "hidden"_a, nb::kw_only(), "ids"_a, "counts"_a.none() = nb::none(),
-           "probes"_a = 0)
+           "probes"_a = 0, "ranked"_a = true)
       .def("keys", &TheHashIndex::keys, "rows"_a, "bias"_a.none() = nb::none(), nb::kw_only(), "out"_a)
       .def("statistics", &TheHashIndex::statistics)
       .def_prop_ro("rows", [](const TheHashIndex& i) { return i.rows(); });

@@ -225,7 +225,7 @@ class HashedHead(OutputHead):
     ) -> None:
         """Each example with classes of its own."""
         o, wide = self.options, np.empty(len(hidden))
-        ids, counts = self._retrieve(hidden, o.candidates)
+        ids, counts = self._retrieve(hidden, o.candidates, ranked=False)
         batch = _core.hashed_forward(
             **self._layer(hidden),
             **goal.arguments(),
@@ -266,7 +266,12 @@ class HashedHead(OutputHead):
         o = self.options
         own = goal.indices if goal.indptr is not None else goal.indices[goal.indices != o.ignore_index]
         sampled = shared_classes(
-            self._retrieve(hidden, o.candidates), own, self._drawn(), self.n_classes, o.candidates, o.estimator
+            self._retrieve(hidden, o.candidates, ranked=False),
+            own,
+            self._drawn(),
+            self.n_classes,
+            o.candidates,
+            o.estimator,
         )
         indices = np.searchsorted(sampled.rows, goal.indices)
         if goal.indptr is None:
@@ -302,11 +307,11 @@ class HashedHead(OutputHead):
         n = self.options.negatives
         return self._draws.draw(n, seed=self.seed, step=self.steps) if n else None
 
-    def _retrieve(self, hidden: NDArray, n: int) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+    def _retrieve(self, hidden: NDArray, n: int, ranked: bool = True) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
         self._ready()
         ids, counts = np.full((len(hidden), n), -1, np.int64), np.zeros((len(hidden), n), np.int32)
         if len(hidden):
-            self._index.query(hidden, ids=ids, counts=counts, probes=self.options.probes)
+            self._index.query(hidden, ids=ids, counts=counts, probes=self.options.probes, ranked=ranked)
         return ids, counts
 
     def _ready(self) -> None:

@@ -29,6 +29,7 @@ int key_bits(const HashOptions& options);
 
 struct HashQuery {
   ConstAnyMatrix hidden;        // [B, d]
+  bool ranked = true;           // else the rows come in an order that means nothing
   std::int64_t candidates = 0;  // at most so many rows a query
   int probes =
       0;  // further buckets a table, at most `hashes`: each with the code changed that was decided most narrowly

@@ -91,7 +91,7 @@ class Counter {
 };
 
 // At most `wanted` of the rows: most collisions first, of equals the lowest.
-void select(const std::vector<Found>& found, const i64* histogram, i64 wanted, std::vector<Found>& out) {
+void select(const std::vector<Found>& found, const i64* histogram, i64 wanted, bool ranked, std::vector<Found>& out) {
   u32 least = 256;
   i64 above = 0;
   while (least > 1 && above < wanted) above += histogram[--least];
@@ -110,6 +110,7 @@ void select(const std::vector<Found>& found, const i64* histogram, i64 wanted, s
     for (const Found& f : found)
       if (f.count >= least) out.push_back(f);
   }
+  if (!ranked) return;
   std::sort(out.begin(), out.end(),
             [](const Found& a, const Found& b) { return a.count != b.count ? a.count > b.count : a.id < b.id; });
 }
@@ -191,7 +192,7 @@ void HashTables::query(const HashQuery& q) const {
           Probes(f, margins.data() + i * codes, seconds.data() + i * codes).visit(t, key, q.probes, take);
       }
       const std::vector<Found>& found = counter.count();
-      select(found, counter.histogram(), q.candidates, best);
+      select(found, counter.histogram(), q.candidates, q.ranked, best);
       i64* ids = q.ids + (first + i) * q.candidates;
       std::int32_t* counts = q.counts ? q.counts + (first + i) * q.candidates : nullptr;
       for (i64 c = 0; c < q.candidates; ++c) {

@@ -67,6 +67,21 @@ void hashed_logits(const HashedRows& p, void* to, void* memory) {
   }
 }
 
+// out += g h, of four at a time.
+template <class Real>
+WIDEHEAD_INLINE void add_four(const Real* g, const Real* const* h, i64 d, Real* out) {
+  constexpr i64 kLanes = Simd<Real>::kLanes;
+  i64 k = 0;
+  for (; k + kLanes <= d; k += kLanes) {
+    Vec<Real> sum = load(out + k);
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) sum += g[j] * load(h[j] + k);
+    store(out + k, sum);
+  }
+  for (; k < d; ++k)
+    for (int j = 0; j < 4; ++j) out[k] += g[j] * h[j][k];
+}
+
 // gradient += g h and grad_hidden += g w, for all examples of a row.
 template <class Real>
 Real row_gradient(const HashedRows& p, const HashedStep& step, i64 r, const Real* row, Real* gradient) {
@@ -75,16 +90,23 @@ Real row_gradient(const HashedRows& p, const HashedStep& step, i64 r, const Real
   const i64 d = p.features;
   for (i64 k = 0; k < d; ++k) gradient[k] = 0;
   Real bias = 0;
-  for (i64 at = p.segments[r]; at < p.segments[r + 1]; ++at) {
-    const Real g = grads[p.places[at]];
-    const i64 example = static_cast<i64>(p.examples[at]) * d;
-    bias += g;
-    const Real* __restrict h = hidden + example;
-    Real* __restrict out = gradient;
-    for (i64 k = 0; k < d; ++k) out[k] += g * h[k];
+  const i64 end = p.segments[r + 1];
+  for (i64 at = p.segments[r]; at < end; at += 4) {
+    const i64 n = at_most(4, end - at);
+    Real g[4] = {};
+    const Real* h[4];
+    for (i64 j = 0; j < 4; ++j) {
+      const i64 pair = at + at_most(j, n - 1);
+      h[j] = hidden + static_cast<i64>(p.examples[pair]) * d;
+      if (j < n) g[j] = grads[p.places[pair]];
+      bias += g[j];
+    }
+    add_four(g, h, d, gradient);
     if (!grad_hidden) continue;
-    Real* __restrict to = grad_hidden + example;
-    for (i64 k = 0; k < d; ++k) to[k] += g * row[k];
+    for (i64 j = 0; j < n; ++j) {
+      Real* __restrict to = grad_hidden + static_cast<i64>(p.examples[at + j]) * d;
+      for (i64 k = 0; k < d; ++k) to[k] += g[j] * row[k];
+    }
   }
   return bias;
 }

@@ -56,14 +56,17 @@ class HashTables:
         """The parameters are as the tables know them."""
         self._seen = self._state(weight, bias)
 
-    def retrieve(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, n: int) -> tuple[Tensor, Tensor]:
-        """Classes int64 and collisions int32, both `[B, n]`."""
+    def retrieve(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, n: int, ranked: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        """Classes int64 and collisions int32, both `[B, n]`; ranked: most collisions first."""
         self._follow(weight, bias)
         ids = torch.full((len(hidden), n), -1, dtype=torch.int64)
         counts = torch.zeros(len(hidden), n, dtype=torch.int32)
         if len(hidden):
             follow_threads()
-            self._index.query(capsule(hidden), ids=capsule(ids), counts=capsule(counts), probes=self.options.probes)
+            found = {"ids": capsule(ids), "counts": capsule(counts)}
+            self._index.query(capsule(hidden), **found, probes=self.options.probes, ranked=ranked)
         return ids, counts
 
     def room(self, rows: int) -> Tensor:

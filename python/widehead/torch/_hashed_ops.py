@@ -29,7 +29,7 @@ class Job:
     def forward(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         """losses and lse, float64 `[B]`."""
         o = self.tables.options
-        ids, counts = self.tables.retrieve(hidden, weight, bias, o.candidates)
+        ids, counts = self.tables.retrieve(hidden, weight, bias, o.candidates, ranked=False)
         losses, lse = torch.zeros(len(hidden), dtype=torch.float64), torch.zeros(len(hidden), dtype=torch.float64)
         named = {"indptr": self.target.indptr, "indices": self.target.indices, "values": self.target.values}
         self.batch = _core.hashed_forward(
