@@ -243,11 +243,11 @@ def run_group(cells: list[Cell], memory: float) -> dict[str, Any]:
         extra = {}
         for method in methods:
             matrix = weights(cells[0])
-            gc.collect()
             before = common.resident_mib()
             heads[method] = Exact(matrix, method)
             warm(heads[method], cells[0])
             extra[method] = common.resident_mib() - before
+            del matrix
         for cell in cells:
             first = at == 0 and cell is cells[0]
             entry = run_cell(cell, heads, Cell(fits[-1], d, 1, cell.law) if first else None)
@@ -255,6 +255,8 @@ def run_group(cells: list[Cell], memory: float) -> dict[str, Any]:
                 entry["methods"][method]["extra_mib"] = extra[method]
             found[cell.key]["methods"] |= entry["methods"]
             found[cell.key]["load"] += entry["load"]
+        heads.clear()  # before the next pass takes as much
+        gc.collect()
     return found
 
 
