@@ -89,8 +89,9 @@ class ExactHead(OutputHead):
             z = (A - mean) / deviation of all outputs (arXiv 1604.08859). The last three are sums over the labels, times
             their values.
         eps: of spherical softmax, 0.01 if None. a, b: of the z-loss, 1 and 10 if None.
-        factors: "float32" or "float64", the type of the small matrices and of the rows in work. None: float64 with
-            spherical softmax, whose course is sensitive, and with float64 weights.
+        factors: "float32" or "float64", the type of the small matrices and of the rows in work, and so of the products
+            behind A, q and s: in float32 they lose digits where outputs are far smaller than |W| |h|. None: float64
+            with spherical softmax, whose course is sensitive, and with float64 weights.
         method: "blocked": rows of targets are taken out for `block_steps` steps, and no inverse is needed; "woodbury":
             the update of the papers, which keeps an inverse and starts anew when its condition grows. The same weights.
         block_steps: for how many steps the rows of targets stay in work before they go back.
