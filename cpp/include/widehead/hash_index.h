@@ -28,7 +28,7 @@ struct HashOptions {
 int key_bits(const HashOptions& options);
 
 struct HashQuery {
-  ConstAnyMatrix hidden;        // [B, d]
+  ConstAnyMatrix hidden = {};   // [B, d]
   bool ranked = true;           // else the rows come in an order that means nothing
   std::int64_t candidates = 0;  // at most so many rows a query
   int probes =

@@ -23,10 +23,10 @@ enum class Estimator : std::uint8_t { restricted, corrected, importance };
 const char* name_of(Estimator estimator);
 
 struct HashedForward {
-  ConstAnyMatrix hidden;  // [B, d] any floating type
-  ConstAnyMatrix weight;  // [N, d] float32 | bfloat16 | float64
-  ConstAnyVector bias;    // [N] of the weights' type, or empty
-  Labels target;          // [B]
+  ConstAnyMatrix hidden = {};  // [B, d] any floating type
+  ConstAnyMatrix weight = {};  // [N, d] float32 | bfloat16 | float64
+  ConstAnyVector bias = {};    // [N] of the weights' type, or empty
+  Labels target = {};          // [B]
   std::int64_t ignore_index = -100;
   Estimator estimator = Estimator::corrected;
   const std::int64_t* candidates = nullptr;  // [B, n_candidates] in [0, N), distinct in a row; -1: none
@@ -64,13 +64,13 @@ struct Drift {
 struct HashedBackward {
   const HashedBatch* batch = nullptr;
   const double* grad_losses = nullptr;  // [B]
-  AnyMatrix weight;                     // as in the forward pass; written where there is an update
-  AnyVector bias;
-  AnyMatrix grad_hidden;           // [B, d] any floating type, or empty
+  AnyMatrix weight = {};                // as in the forward pass; written where there is an update
+  AnyVector bias = {};
+  AnyMatrix grad_hidden = {};      // [B, d] any floating type, or empty
   const Update* update = nullptr;  // one step of the optimiser on each of the batch's rows
   Drift* drift = nullptr;          // with an update
-  AnyMatrix grad_rows;             // [rows, d] float32 | float64, the gradient of the batch's rows; or empty
-  AnyVector grad_bias;             // [rows]
+  AnyMatrix grad_rows = {};        // [rows, d] float32 | float64, the gradient of the batch's rows; or empty
+  AnyVector grad_bias = {};        // [rows]
 };
 // Throws before any change: ShapeError, DtypeError, NonFiniteError (grad_losses; a logit or lse that is not finite).
 void hashed_backward(const HashedBackward& args);
