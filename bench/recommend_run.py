@@ -1,0 +1,182 @@
+"""recommend_run.py -- implicit feedback for exact_quality.py: the published split, its metrics, and a run of the model.
+
+A folder holds `train.txt`, `valid.txt` and `test.txt`, perhaps compressed; a line is a user and his items. Tuning trains
+on `train` and measures on `valid`; the final run trains on both and measures on `test`. Recall@20 and NDCG@20 as in
+LightGCN (arXiv 2002.02126): a user's training items are left out of his list, recall is hits over all his held-out
+items, the ideal of NDCG has min(20, held-out items) hits; the mean over users who have held-out items.
+
+The model: with degrees du, di and x_ui = du^-a di^-b for the observed pairs, 0 else, a linear tower h_u = E' x_u, dropout
+before it, and outputs o = W h. The loss is sum over all pairs of o^2, but (1 + w) (o - x)^2 for the observed ones. In
+terms of scores z = o / x, that is a weight du^-2a di^-2b for every pair, 1 + w times it for the observed ones, whose
+goal is 1. Items are ranked by di^p o.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import common
+import numpy as np
+import scipy.sparse as sp
+
+from widehead.data.files import line_blocks
+
+K, USERS = 20, 1024
+
+
+def read(path: Path) -> list[tuple[int, list[int]]]:
+    numbers = [[int(word) for word in line.split()] for block in line_blocks(path) for line in block.splitlines()]
+    return [(row[0], row[1:]) for row in numbers if row]
+
+
+def matrix(rows: list[tuple[int, list[int]]], shape: tuple[int, int]) -> sp.csr_array:
+    """Ones where a user has an item."""
+    users = np.repeat([user for user, _ in rows], [len(items) for _, items in rows])
+    items = np.array([item for _, items in rows for item in items], np.int64)
+    return sp.csr_array((np.ones(len(items), np.float32), (users, items)), shape=shape)
+
+
+def split(folder: Path, validation: bool) -> tuple[sp.csr_array, sp.csr_array]:
+    """What a run trains on and what it is measured on."""
+    parts = {part: read(next(folder.glob(f"{part}.txt*"))) for part in ("train", "valid", "test")}
+    rows = [row for part in parts.values() for row in part]
+    shape = (1 + max(user for user, _ in rows), 1 + max(max(items, default=0) for _, items in rows))
+    train, valid, test = (matrix(part, shape) for part in parts.values())
+    return (train, valid) if validation else (sp.csr_array(train + valid), test)
+
+
+def measure(scores: Any, train: sp.csr_array, held: sp.csr_array) -> dict[str, float]:
+    """Recall and NDCG at 20. scores: users `[n]` to a float array `[n, items]`, which is written to."""
+    users = np.flatnonzero(np.diff(held.indptr))
+    gain = 1 / np.log2(np.arange(2, K + 2))
+    recall = ndcg = 0.0
+    for at in range(0, len(users), USERS):
+        some = users[at : at + USERS]
+        z, known = scores(some), train[some].tocoo()
+        z[known.row, known.col] = -np.inf
+        best = np.argpartition(-z, K, axis=1)[:, :K]
+        order = np.argsort(-np.take_along_axis(z, best, 1), axis=1, kind="stable")
+        best = np.take_along_axis(best, order, 1)
+        wanted = held[some]
+        hit = np.take_along_axis(wanted.toarray(), best, 1) > 0
+        count = np.diff(wanted.indptr)
+        recall += float((hit.sum(1) / count).sum())
+        ndcg += float(((hit * gain).sum(1) / np.cumsum(gain)[np.minimum(count, K) - 1]).sum())
+    return {"Recall@20": recall / len(users), "NDCG@20": ndcg / len(users)}
+
+
+def degree(train: sp.csr_array, axis: int) -> np.ndarray:
+    return np.maximum(np.asarray(train.sum(axis)).ravel(), 1)
+
+
+def subspace(x: sp.csr_array, dim: int, seed: int, rounds: int = 3) -> np.ndarray:
+    """The first right singular vectors `[items, dim]`, by randomised subspace iteration (arXiv 0909.4061)."""
+    basis = np.random.default_rng(seed).standard_normal((x.shape[1], dim + 16)).astype(np.float32)
+    for _ in range(rounds):
+        basis = np.linalg.qr(x.T @ (x @ basis))[0]
+    _, _, right = np.linalg.svd(x @ basis, full_matrices=False)
+    return np.ascontiguousarray((basis @ right.T)[:, :dim])
+
+
+class Model:
+    """The tower E `[items, dim]` and an exact head."""
+
+    def __init__(self, settings: dict[str, Any], train: sp.csr_array) -> None:
+        import torch
+
+        from widehead.torch import ExactHead, FusedSGD
+
+        self.settings, self.train, items = settings, train, train.shape[1]
+        self.item_degree = degree(train, 0)
+        user, item = (sp.diags_array(d ** -settings[p]) for d, p in ((degree(train, 1), "a"), (self.item_degree, "b")))
+        self.x = sp.csr_array(user @ train @ item).astype(np.float32)
+        self.rng = np.random.default_rng(settings["seed"])
+        torch.manual_seed(settings["seed"])
+        if settings["start"] == "svd":
+            first = torch.from_numpy(subspace(self.x, settings["dim"], settings["seed"]))
+        else:
+            first = torch.randn(items, settings["dim"]) / items**0.5
+        self.tower = torch.nn.Parameter(first.clone())
+        self.head = ExactHead(settings["dim"], items)
+        self.head.load_state_dict({"weight": first})
+        self.optimizers = [FusedSGD([self.head], lr=0.0), torch.optim.SGD([self.tower], lr=0.0)]
+
+    def hidden(self, rows: sp.csr_array) -> Any:
+        import torch
+
+        values = rows.data
+        if self.settings["dropout"]:
+            kept = self.rng.random(len(values)) >= self.settings["dropout"]
+            values = (values * kept / (1 - self.settings["dropout"])).astype(np.float32)
+        indices, offsets = (torch.from_numpy(part.astype(np.int64)) for part in (rows.indices, rows.indptr[:-1]))
+        weights = torch.from_numpy(values)
+        return torch.nn.functional.embedding_bag(indices, self.tower, offsets, mode="sum", per_sample_weights=weights)
+
+    def step(self, rows: sp.csr_array, lr: float) -> float:
+        import torch
+
+        import widehead
+
+        y, w = torch.from_numpy(rows.data), self.settings["w"]
+        A, q, _ = self.head.statistics(self.hidden(rows), widehead.Labels.from_csr(rows))
+        loss = (q.sum() - (A * A).sum() + (1 + w) * ((A - y) ** 2).sum()) / rows.shape[0]
+        loss.backward()
+        for optimizer in self.optimizers:
+            optimizer.param_groups[0]["lr"] = lr
+            optimizer.step()
+            optimizer.zero_grad()
+        return float(loss)
+
+    def fit(self) -> list[float]:
+        """Mean loss of each epoch; the rate falls to 0 linearly."""
+        users, size, losses = self.x.shape[0], self.settings["batch_size"], []
+        steps = -(-users // size) * self.settings["epochs"]
+        done = 0
+        for _ in range(self.settings["epochs"]):
+            order, total = self.rng.permutation(users), 0.0
+            for at in range(0, users, size):
+                some = order[at : at + size]
+                total += self.step(self.x[some], self.settings["lr"] * (1 - done / steps)) * len(some)
+                done += 1
+            losses.append(total / users)
+        return losses
+
+    def scores(self, power: float) -> Any:
+        tower, weight = self.tower.detach().numpy(), self.head.weight.detach().numpy()
+        weight = weight * (self.item_degree**power).astype(np.float32)[:, None]
+        return lambda users: (self.x[users] @ tower) @ weight.T
+
+
+def run(settings: dict[str, Any], train: sp.csr_array, held: sp.csr_array) -> dict[str, Any]:
+    """Trains on one thread; the metrics for each power p of the ranking."""
+    import torch
+
+    import widehead
+
+    widehead.set_num_threads(1)
+    torch.set_num_threads(1)
+    wall, cpu = time.perf_counter(), time.process_time()
+    model = Model(settings, train)
+    began = time.process_time() - cpu
+    losses = model.fit()
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    by_power = {str(power): measure(model.scores(power), train, held) for power in settings["powers"]}
+    return {"by_power": by_power, "epoch_loss": losses, "cpu_s": cpu, "wall_s": wall, "start_cpu_s": began}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("settings", type=json.loads)
+    parser.add_argument("--validation", action="store_true")
+    args = parser.parse_args()
+    found = run(args.settings, *split(args.folder, args.validation))
+    print(json.dumps({**found, "peak_mib": common.peak_mib()}))
+
+
+if __name__ == "__main__":
+    main()
