@@ -36,26 +36,31 @@ PUBLISHED = {"EASE": (0.1765, 0.1467), "LightGCN": (0.1820, 0.1547), "SimpleX": 
 
 TOWER = {"a": 0.25, "b": 0.5, "w": 0.0, "dropout": 0.0, "batch_size": 256, "seed": 0, "start": "random"}
 TOWER |= {"powers": [0.2, 0.3, 0.4, 0.5]}
+SVD = {**TOWER, "dim": 256, "start": "svd", "epochs": 0, "lr": 0.0}
 RECOMMENDERS: dict[str, list[dict[str, Any]]] = {
-    "truncated SVD, 512": [{**TOWER, "dim": 512, "start": "svd", "epochs": 0, "lr": 0.0}],
-    "ExactHead, 512": [{**TOWER, "dim": 512, "epochs": 6, "lr": 200.0, "w": w} for w in (0.0, 0.2)],
-    "truncated SVD, 1024": [{**TOWER, "dim": 1024, "start": "svd", "epochs": 0, "lr": 0.0}],
-    "ExactHead, 1024": [{**TOWER, "dim": 1024, "epochs": 6, "lr": 200.0}],
+    "truncated SVD, 256": [{**SVD, "a": a, "b": b} for a, b in ((0.25, 0.5), (0.5, 0.5), (0.5, 0.25))],
+    "ExactHead, 256": [{**TOWER, "dim": 256, "epochs": 6, "lr": 200.0, "w": w} for w in (0.0, 0.2)],
 }
-ALS = {"iterations": 15, "powers": [-0.2, 0.0, 0.2]}
-ALS_GRID = [
-    *({"factors": 256, "alpha": alpha, "regularization": r} for alpha in (5.0, 20.0) for r in (5.0, 20.0)),
-    *({"factors": 256, "alpha": alpha, "regularization": r, "bm25": [100, 0.8]} for alpha, r in ((10.0, 20.0),)),
-]
+ALS = {"factors": 256, "iterations": 15, "powers": [-0.2, 0.0, 0.2]}
 PEERS: dict[str, list[dict[str, Any]]] = {
-    "implicit ALS, 256": [{**ALS, **point} for point in ALS_GRID],
+    "implicit ALS, 256": [
+        *({**ALS, "alpha": alpha, "regularization": r} for alpha in (5.0, 20.0) for r in (5.0, 20.0)),
+        {**ALS, "alpha": 10.0, "regularization": 20.0, "bm25": [100, 0.8]},
+    ],
+}
+# Methods that take the settings which another one's tuning has found, and change something.
+LIKE: dict[str, tuple[str, dict[str, Any]]] = {
+    "ExactHead, 512": ("ExactHead, 256", {"dim": 512}),
+    "implicit ALS, 512": ("implicit ALS, 256", {"factors": 512}),
+    "truncated SVD, 1024": ("truncated SVD, 256", {"dim": 1024}),
+    "ExactHead, 1024": ("ExactHead, 256", {"dim": 1024}),
 }
 
 # What the runs of a set share: `tuning` is the number of epochs of the grid's runs, `epochs` that of the final ones.
 SETS: dict[str, dict[str, Any]] = {
     "bibtex": {"tuning": 15, "epochs": 20, "batch_size": 64, "ks": [1, 3, 5], "dim": 128, "dropout": 0.3},
-    "debdeps": {"tuning": 2, "epochs": 4, "batch_size": 128, "ks": [1, 3, 5], "dim": 128, "dropout": 0.1},
-    "revdict": {"tuning": 2, "epochs": 4, "batch_size": 128, "ks": [1, 10], "dim": 128, "dropout": 0.1},
+    "debdeps": {"tuning": 1, "epochs": 3, "batch_size": 128, "ks": [1, 3, 5], "dim": 128, "dropout": 0.1},
+    "revdict": {"tuning": 1, "epochs": 3, "batch_size": 128, "ks": [1, 10], "dim": 128, "dropout": 0.1},
 }
 SHARED = {"tower_lr": 0.003}
 
@@ -70,13 +75,13 @@ def dense(loss: str, optimizer: str, *rates: float) -> list[dict[str, Any]]:
 
 LOSSES: dict[str, list[dict[str, Any]]] = {
     "dense, softmax": dense("softmax", "adam", 1e-3, 4e-3),
-    "dense, softmax, SGD": dense("softmax", "sgd", 0.03, 0.3),
     "dense, squared hinge": dense("squared_hinge", "adam", 1e-3, 4e-3),
     "exact, squared error": exact("squared_error", 1e-4, 3e-4, 1e-3),
     "exact, spherical softmax": exact("spherical_softmax", 1e-3, 1e-2, 0.1),
     "exact, Taylor softmax": exact("taylor_softmax", 1e-3, 1e-2, 0.1),
     "exact, Z-loss": exact("z_loss", 1e-3, 1e-2, 0.1),
 }
+EVERY = [*RECOMMENDERS, *PEERS, *LIKE, *LOSSES]
 
 
 class Log:
@@ -163,18 +168,20 @@ def tuned(runs: list[dict[str, Any]], grid: list[dict[str, Any]]) -> tuple[dict[
 
 
 def recommend(log: Log, folder: Path, python: str | None, methods: list[str]) -> None:
-    """Tunes on `valid`, power included, and measures on `test`."""
-    for method, grid in {**RECOMMENDERS, **PEERS}.items():
-        if method not in methods or (method in PEERS and python is None):
+    """Tunes on `valid`, the power included, and measures on `test`."""
+    grids = {**RECOMMENDERS, **PEERS}
+    for method in methods:
+        of, change = LIKE.get(method, (method, {}))
+        if of not in grids or (of in PEERS and python is None):
             continue
 
-        def one(stage: str, point: dict[str, Any], method: str = method) -> dict[str, Any]:
-            if method in PEERS:
-                return run_peer(log, str(python), folder, stage, method, point)
-            return run_script(log, "recommend_run.py", folder, stage, method, point)
+        def one(stage: str, name: str, point: dict[str, Any], peer: bool = of in PEERS) -> dict[str, Any]:
+            if peer:
+                return run_peer(log, str(python), folder, stage, name, point)
+            return run_script(log, "recommend_run.py", folder, stage, name, point)
 
-        point, run = tuned([one("tune", point) for point in grid], grid)
-        one("test", {**point, "powers": [run["power"]]})
+        point, run = tuned([one("tune", of, point) for point in grids[of]], grids[of])
+        one("test", method, {**point, "powers": [run["power"]], **change})
 
 
 def compare(log: Log, folder: Path, methods: list[str]) -> None:
@@ -193,7 +200,7 @@ def compare(log: Log, folder: Path, methods: list[str]) -> None:
 
 def tests_of(result: dict[str, Any], name: str) -> list[dict[str, Any]]:
     """The test runs of a set, in the order of the tables above; the last one of each method."""
-    order = [*RECOMMENDERS, *PEERS, *LOSSES]
+    order = EVERY
     runs = [r for r in result["runs"] if r["set"] == name and r["stage"] == "test" and "failed" not in r]
     last = {run["method"]: run for run in runs if run["method"] in order}
     return sorted(last.values(), key=lambda run: order.index(run["method"]))
@@ -226,8 +233,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="folder of the sets' folders")
     parser.add_argument("--set", nargs="+", choices=[RECOMMEND, *SETS], default=[RECOMMEND, *SETS])
-    every = [*RECOMMENDERS, *PEERS, *LOSSES]
-    parser.add_argument("--methods", nargs="+", choices=every, default=every)
+    parser.add_argument("--methods", nargs="+", choices=EVERY, default=EVERY)
     parser.add_argument("--peers", metavar="PYTHON", help="an interpreter that has implicit")
     parser.add_argument("--report", action="store_true", help="only print the tables")
     args = parser.parse_args()

@@ -1,7 +1,7 @@
-"""losses_run.py -- one run of exact_quality.py's comparison of losses: a tower, a head, its loss; prints a line of JSON.
+"""losses_run.py -- one run of exact_quality.py's comparison of losses: a tower, a head; prints a line of JSON.
 
-The tower is an embedding bag over the features, normalised (torch.nn.LayerNorm), of `dim` numbers, and the same for all;
-it learns by Adam. Sets are those of quality_data.py; of `revdict` the words with at least `LEAST` training definitions.
+The tower is an embedding bag over the features, normalised (torch.nn.LayerNorm), of `dim` numbers, the same for all; it
+learns by Adam. Sets are those of quality_data.py; of `revdict` the words with at least `LEAST` training definitions.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from widehead.data import Dataset
 from widehead.metrics import MetricAccumulator
 from widehead.torch import DenseHead, ExactHead, FusedAdam, FusedRMSprop, FusedSGD
 
-LEAST = {"revdict": 3}
+LEAST = {"revdict": 5}
 SERVE = 1024
 OPTIMIZERS: dict[str, Any] = {"sgd": FusedSGD, "adam": FusedAdam, "rmsprop": FusedRMSprop}
 

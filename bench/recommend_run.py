@@ -1,14 +1,15 @@
-"""recommend_run.py -- implicit feedback for exact_quality.py: the published split, its metrics, and a run of the model.
+"""recommend_run.py -- implicit feedback for exact_quality.py: the published split, its metrics, a run of the model.
 
-A folder holds `train.txt`, `valid.txt` and `test.txt`, perhaps compressed; a line is a user and his items. Tuning trains
-on `train` and measures on `valid`; the final run trains on both and measures on `test`. Recall@20 and NDCG@20 as in
-LightGCN (arXiv 2002.02126): a user's training items are left out of his list, recall is hits over all his held-out
+A folder holds `train.txt`, `valid.txt` and `test.txt`, perhaps compressed; a line is a user and his items. Tuning
+trains on `train` and measures on `valid`; the final run trains on both and measures on `test`. Recall@20 and NDCG@20 as
+in LightGCN (arXiv 2002.02126): a user's training items are left out of his list, recall is hits over all his held-out
 items, the ideal of NDCG has min(20, held-out items) hits; the mean over users who have held-out items.
 
-The model: with degrees du, di and x_ui = du^-a di^-b for the observed pairs, 0 else, a linear tower h_u = E' x_u, dropout
-before it, and outputs o = W h. The loss is sum over all pairs of o^2, but (1 + w) (o - x)^2 for the observed ones. In
-terms of scores z = o / x, that is a weight du^-2a di^-2b for every pair, 1 + w times it for the observed ones, whose
-goal is 1. Items are ranked by di^p o.
+The model: with degrees du, di and x_ui = du^-a di^-b for the observed pairs, 0 else, a linear tower h_u = E' x_u,
+dropout before it, and outputs o = W h. The loss is sum over all pairs of o^2, but (1 + w) (o - x)^2 for the observed
+ones. In scores z = o / (du^-a di^-b) that is a weight du^-2a di^-2b for every pair, and 1 + w times it for the observed
+ones, whose goal is 1. Items are ranked by di^p o. `"start": "svd"` begins at the singular vectors of x, the optimum
+for w = 0 without dropout (Eckart-Young); `"random"` knows nothing of them.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ def degree(train: sp.csr_array, axis: int) -> np.ndarray:
     return np.maximum(np.asarray(train.sum(axis)).ravel(), 1)
 
 
-def subspace(x: sp.csr_array, dim: int, seed: int, rounds: int = 3) -> np.ndarray:
+def subspace(x: sp.csr_array, dim: int, seed: int, rounds: int = 2) -> np.ndarray:
     """The first right singular vectors `[items, dim]`, by randomised subspace iteration (arXiv 0909.4061)."""
     basis = np.random.default_rng(seed).standard_normal((x.shape[1], dim + 16)).astype(np.float32)
     for _ in range(rounds):
