@@ -152,11 +152,11 @@ def run_peer(log: Log, python: str, folder: Path, stage: str, method: str, setti
         found["command"] = f"recommend_peer.py {json.dumps(options)}"
         if "failed" not in found:
             users, items = (np.load(Path(scratch) / f"{name}.npy") for name in ("users", "items"))
-            degree, by_power = recommend_run.degree(train, 0), {}
-            for power in settings["powers"]:
-                scaled = items * (degree**power).astype(np.float32)[:, None]
-                by_power[str(power)] = recommend_run.measure(lambda u, s=scaled: users[u] @ s.T, train, held)
-            found["by_power"] = by_power
+
+            def scores(some: Any) -> Any:
+                return users[some] @ items.T
+
+            found["by_power"] = recommend_run.by_power(scores, train, held, settings["powers"], stage == "tune")
     return log.add(key, best_power(found))
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ import scipy.sparse as sp
 
 from widehead.data.files import line_blocks
 
-K, USERS = 20, 1024
+K, USERS, TUNED_ON = 20, 1024, 10_000
+GAIN = 1 / np.log2(np.arange(2, K + 2))
 
 
 def read(path: Path) -> list[tuple[int, list[int]]]:
@@ -50,24 +52,41 @@ def split(folder: Path, validation: bool) -> tuple[sp.csr_array, sp.csr_array]:
     return (train, valid) if validation else (sp.csr_array(train + valid), test)
 
 
-def measure(scores: Any, train: sp.csr_array, held: sp.csr_array) -> dict[str, float]:
-    """Recall and NDCG at 20. scores: users `[n]` to a float array `[n, items]`, which is written to."""
+def measure(
+    scores: Any, train: sp.csr_array, held: sp.csr_array, factors: Sequence[np.ndarray], most: int | None = None
+) -> list[dict[str, float]]:
+    """Recall and NDCG at 20, for each of the factors.
+
+    Args:
+        scores: users `[n]` to a float array `[n, items]`.
+        factors: of the items' scores.
+        most: number of users, drawn by a fixed seed; None: all.
+    """
     users = np.flatnonzero(np.diff(held.indptr))
-    gain = 1 / np.log2(np.arange(2, K + 2))
-    recall = ndcg = 0.0
+    if most is not None and most < len(users):
+        users = np.sort(np.random.default_rng(0).permutation(users)[:most])
+    sums = np.zeros((len(factors), 2))
     for at in range(0, len(users), USERS):
         some = users[at : at + USERS]
-        z, known = scores(some), train[some].tocoo()
-        z[known.row, known.col] = -np.inf
-        best = np.argpartition(-z, K, axis=1)[:, :K]
-        order = np.argsort(-np.take_along_axis(z, best, 1), axis=1, kind="stable")
-        best = np.take_along_axis(best, order, 1)
-        wanted = held[some]
-        hit = np.take_along_axis(wanted.toarray(), best, 1) > 0
-        count = np.diff(wanted.indptr)
-        recall += float((hit.sum(1) / count).sum())
-        ndcg += float(((hit * gain).sum(1) / np.cumsum(gain)[np.minimum(count, K) - 1]).sum())
-    return {"Recall@20": recall / len(users), "NDCG@20": ndcg / len(users)}
+        z, known, wanted = scores(some), train[some].tocoo(), held[some]
+        has, count = wanted.toarray(), np.diff(wanted.indptr)
+        for total, factor in zip(sums, factors, strict=True):
+            scaled = z * factor
+            scaled[known.row, known.col] = -np.inf
+            best = np.argpartition(-scaled, K, axis=1)[:, :K]
+            order = np.argsort(-np.take_along_axis(scaled, best, 1), axis=1, kind="stable")
+            hit = np.take_along_axis(has, np.take_along_axis(best, order, 1), 1) > 0
+            total += (hit.sum(1) / count).sum(), ((hit * GAIN).sum(1) / np.cumsum(GAIN)[np.minimum(count, K) - 1]).sum()
+    return [dict(zip(("Recall@20", "NDCG@20"), (total / len(users)).tolist(), strict=True)) for total in sums]
+
+
+def by_power(
+    scores: Any, train: sp.csr_array, held: sp.csr_array, powers: list[float], validation: bool
+) -> dict[str, dict[str, float]]:
+    """The metrics for each power of the items' degrees; of some users only, in tuning."""
+    factors = [(degree(train, 0) ** power).astype(np.float32) for power in powers]
+    found = measure(scores, train, held, factors, TUNED_ON if validation else None)
+    return dict(zip(map(str, powers), found, strict=True))
 
 
 def degree(train: sp.csr_array, axis: int) -> np.ndarray:
@@ -92,8 +111,7 @@ class Model:
         from widehead.torch import ExactHead, FusedSGD
 
         self.settings, self.train, items = settings, train, train.shape[1]
-        self.item_degree = degree(train, 0)
-        user, item = (sp.diags_array(d ** -settings[p]) for d, p in ((degree(train, 1), "a"), (self.item_degree, "b")))
+        user, item = (sp.diags_array(d ** -settings[p]) for d, p in ((degree(train, 1), "a"), (degree(train, 0), "b")))
         self.x = sp.csr_array(user @ train @ item).astype(np.float32)
         self.rng = np.random.default_rng(settings["seed"])
         torch.manual_seed(settings["seed"])
@@ -146,13 +164,12 @@ class Model:
             losses.append(total / users)
         return losses
 
-    def scores(self, power: float) -> Any:
+    def scores(self, users: np.ndarray) -> np.ndarray:
         tower, weight = self.tower.detach().numpy(), self.head.weight.detach().numpy()
-        weight = weight * (self.item_degree**power).astype(np.float32)[:, None]
-        return lambda users: (self.x[users] @ tower) @ weight.T
+        return (self.x[users] @ tower) @ weight.T
 
 
-def run(settings: dict[str, Any], train: sp.csr_array, held: sp.csr_array) -> dict[str, Any]:
+def run(settings: dict[str, Any], train: sp.csr_array, held: sp.csr_array, validation: bool) -> dict[str, Any]:
     """Trains on one thread; the metrics for each power p of the ranking."""
     import torch
 
@@ -165,8 +182,8 @@ def run(settings: dict[str, Any], train: sp.csr_array, held: sp.csr_array) -> di
     began = time.process_time() - cpu
     losses = model.fit()
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    by_power = {str(power): measure(model.scores(power), train, held) for power in settings["powers"]}
-    return {"by_power": by_power, "epoch_loss": losses, "cpu_s": cpu, "wall_s": wall, "start_cpu_s": began}
+    found = by_power(model.scores, train, held, settings["powers"], validation)
+    return {"by_power": found, "epoch_loss": losses, "cpu_s": cpu, "wall_s": wall, "start_cpu_s": began}
 
 
 def main() -> None:
@@ -175,7 +192,7 @@ def main() -> None:
     parser.add_argument("settings", type=json.loads)
     parser.add_argument("--validation", action="store_true")
     args = parser.parse_args()
-    found = run(args.settings, *split(args.folder, args.validation))
+    found = run(args.settings, *split(args.folder, args.validation), args.validation)
     print(json.dumps({**found, "peak_mib": common.peak_mib()}))
 
 
