@@ -34,12 +34,19 @@ RECOMMEND = "gowalla"
 TUNED_BY = {"gowalla": "Recall@20", "bibtex": "P@1", "debdeps": "P@1", "revdict": "hit@10"}
 PUBLISHED = {"EASE": (0.1765, 0.1467), "LightGCN": (0.1820, 0.1547), "SimpleX": (0.1872, 0.1557)}
 
-TOWER = {"a": 0.25, "b": 0.5, "w": 0.0, "dropout": 0.0, "batch_size": 256, "seed": 0, "start": "random"}
+TOWER = {"a": 0.25, "b": 0.5, "w": 0.0, "dropout": 0.0, "clip": 0.0, "batch_size": 256, "seed": 0, "start": "random"}
 TOWER |= {"powers": [0.2, 0.3, 0.4, 0.5]}
 SVD = {**TOWER, "dim": 256, "start": "svd", "epochs": 0, "lr": 0.0}
 RECOMMENDERS: dict[str, list[dict[str, Any]]] = {
     "truncated SVD, 256": [{**SVD, "a": a, "b": b} for a, b in ((0.25, 0.5), (0.5, 0.5), (0.5, 0.25))],
-    "ExactHead, 256": [{**TOWER, "dim": 256, "epochs": 6, "lr": 200.0, "w": w} for w in (0.0, 0.2)],
+    "ExactHead, 256": [
+        {**SVD, "dropout": 0.5, "epochs": 10, "w": 5.0, "lr": 25.0, "clip": 0.06},
+        {**SVD, "dropout": 0.5, "epochs": 10, "w": 15.0, "lr": 8.0, "clip": 0.15},
+        {**SVD, "dropout": 0.3, "epochs": 10, "w": 5.0, "lr": 25.0, "clip": 0.06},
+    ],
+    "ExactHead, 256, random start": [
+        {**TOWER, "dim": 256, "dropout": 0.5, "epochs": 15, "w": 5.0, "lr": 25.0, "clip": 0.06}
+    ],
 }
 ALS = {"factors": 256, "iterations": 15, "powers": [-0.2, 0.0, 0.2]}
 PEERS: dict[str, list[dict[str, Any]]] = {

@@ -139,11 +139,14 @@ class Model:
         import torch
 
         import widehead
+        from widehead.torch import clip_grad_norm_
 
         y, w = torch.from_numpy(rows.data), self.settings["w"]
         A, q, _ = self.head.statistics(self.hidden(rows), widehead.Labels.from_csr(rows))
         loss = (q.sum() - (A * A).sum() + (1 + w) * ((A - y) ** 2).sum()) / rows.shape[0]
         loss.backward()
+        if self.settings["clip"]:
+            clip_grad_norm_([self.tower], [self.head], self.settings["clip"])
         for optimizer in self.optimizers:
             optimizer.param_groups[0]["lr"] = lr
             optimizer.step()
@@ -151,7 +154,7 @@ class Model:
         return float(loss)
 
     def fit(self) -> list[float]:
-        """Mean loss of each epoch; the rate falls to 0 linearly."""
+        """Mean loss of each epoch; the rate falls to 0 linearly in the last third."""
         users, size, losses = self.x.shape[0], self.settings["batch_size"], []
         steps = -(-users // size) * self.settings["epochs"]
         done = 0
@@ -159,7 +162,7 @@ class Model:
             order, total = self.rng.permutation(users), 0.0
             for at in range(0, users, size):
                 some = order[at : at + size]
-                total += self.step(self.x[some], self.settings["lr"] * (1 - done / steps)) * len(some)
+                total += self.step(self.x[some], self.settings["lr"] * min(1.0, 3 * (1 - done / steps))) * len(some)
                 done += 1
             losses.append(total / users)
         return losses

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from common import read, table
+from exact_quality import section as exact_quality_section
 from gpu_report import gpu_tables, sparse_gpu_tables
 from sparse_report import sparse_section
 
@@ -131,6 +132,8 @@ def main() -> None:
         places_figure(places, ROOT / "docs" / "places.svg")
     if not args.gpu and (sparse := read("sparse")):
         texts["sparse-table"] = sparse_section(sparse, read("sparse_scale"), conditions(sparse["machine"]))
+    if not args.gpu and (exact := read("exact_quality")):
+        texts["exact-quality-table"] = exact_quality_section(exact, conditions(exact["machine"]))
     if (gpu := read("dense_gpu")) and gpu["cells"]:
         texts["gpu-table"] = gpu_tables(gpu, read("dense_gpu_headline"))
     if (gpu := read("sparse_gpu")) and gpu["cells"]:
