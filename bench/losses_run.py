@@ -17,13 +17,13 @@ import numpy as np
 import quality_data
 import scipy.sparse as sp
 import torch
+from exact_quality import LEAST
 
 import widehead
 from widehead.data import Dataset
 from widehead.metrics import MetricAccumulator
 from widehead.torch import DenseHead, ExactHead, FusedAdam, FusedRMSprop, FusedSGD
 
-LEAST = {"revdict": 5}
 SERVE = 1024
 OPTIMIZERS: dict[str, Any] = {"sgd": FusedSGD, "adam": FusedAdam, "rmsprop": FusedRMSprop}
 

@@ -105,10 +105,10 @@ def main(words: Sequence[str] | None = None) -> tuple[float, float]:
     parser.add_argument("--dim", type=int, default=64)
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--alpha", type=float, default=0.05, help="what a pair that was not observed counts")
-    parser.add_argument("--lr", type=float, default=0.002, help="of the head")
+    parser.add_argument("--alpha", type=float, default=0.2, help="what a pair that was not observed counts")
+    parser.add_argument("--lr", type=float, default=0.01, help="of the head")
     parser.add_argument(
-        "--dropout", type=float, default=0.3, help="share of a user's items that the tower does not see"
+        "--dropout", type=float, default=0.5, help="share of a user's items that the tower does not see"
     )
     args = parser.parse_args(words)
     torch.manual_seed(0)

@@ -102,6 +102,17 @@ def test_the_loss_weighs_observed_pairs(folder):
     assert model.step(rows, 0.0) == pytest.approx(want, rel=1e-4)
 
 
+def test_clipping_bounds_the_step_of_tower_and_head_together(folder):
+    train, _ = recommend_run.split(folder, validation=True)
+    model = recommend_run.Model({**SETTINGS, "clip": 1e-3}, train)
+    before = [model.tower.detach().clone(), model.head.weight.detach().clone()]
+    model.step(model.x[np.arange(9)], 2.0)
+    moved = [
+        (new.detach() - old).norm().item() for new, old in zip([model.tower, model.head.weight], before, strict=True)
+    ]
+    assert min(moved) > 1e-5 and np.hypot(*moved) == pytest.approx(2e-3, rel=1e-2)
+
+
 def test_dropout_leaves_inputs_out_and_keeps_their_mean(folder):
     train, _ = recommend_run.split(folder, validation=True)
     model = recommend_run.Model({**SETTINGS, "dropout": 0.25}, train)
