@@ -84,10 +84,10 @@ def dense(loss: str, optimizer: str, *rates: float) -> list[dict[str, Any]]:
 LOSSES: dict[str, list[dict[str, Any]]] = {
     "dense, softmax": dense("softmax", "adam", 1e-3, 4e-3),
     "dense, squared hinge": dense("squared_hinge", "adam", 1e-3, 4e-3),
-    "exact, squared error": exact("squared_error", 1e-4, 3e-4, 1e-3),
-    "exact, spherical softmax": exact("spherical_softmax", 1e-3, 1e-2, 0.1),
-    "exact, Taylor softmax": exact("taylor_softmax", 1e-3, 1e-2, 0.1),
-    "exact, Z-loss": exact("z_loss", 1e-3, 1e-2, 0.1),
+    "exact, squared error": exact("squared_error", 3e-4, 1e-3, 3e-3, start=0.01),
+    "exact, spherical softmax": exact("spherical_softmax", 3e-3, 0.03, 0.3),
+    "exact, Taylor softmax": exact("taylor_softmax", 0.01, 0.1, 1.0),
+    "exact, Z-loss": exact("z_loss", 0.01, 0.1, 1.0),
 }
 EVERY = [*RECOMMENDERS, *PEERS, *LIKE, *LOSSES]
 

@@ -65,8 +65,9 @@ class Tower(torch.nn.Module):
 def head_of(settings: dict[str, Any], dim: int, n_classes: int) -> tuple[DenseHead | ExactHead, Any]:
     kind = {"dense": DenseHead, "exact": ExactHead}[settings["head"]]
     head = kind(dim, n_classes, loss=settings["loss"], bias=True, seed=0, **settings.get("options", {}))
-    if settings["loss"] == "squared_hinge":
-        with torch.no_grad():
+    with torch.no_grad():  # most classes want 0 of squared error, at most -1 of the hinge
+        head.weight.mul_(settings.get("start", 1.0))
+        if settings["loss"] == "squared_hinge":
             head.bias.fill_(-1.0)
     more = {"momentum": 0.9} if settings["optimizer"] == "sgd" else {}
     return head, OPTIMIZERS[settings["optimizer"]]([head], lr=settings["lr"], **more)
