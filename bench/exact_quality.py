@@ -52,7 +52,8 @@ ALS = {"factors": 256, "iterations": 15, "powers": [-0.2, 0.0, 0.2]}
 PEERS: dict[str, list[dict[str, Any]]] = {
     "implicit ALS, 256": [
         *({**ALS, "alpha": alpha, "regularization": r} for alpha in (5.0, 20.0) for r in (5.0, 20.0)),
-        {**ALS, "alpha": 10.0, "regularization": 20.0, "bm25": [100, 0.8]},
+        *({**ALS, "alpha": 60.0, "regularization": r} for r in (5.0, 20.0)),
+        {**ALS, "alpha": 20.0, "regularization": 5.0, "bm25": [100, 0.8]},
     ],
 }
 # Methods that take the settings which another one's tuning has found, and change something.
