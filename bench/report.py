@@ -14,6 +14,7 @@ from typing import Any
 
 from common import read, table
 from exact_report import exact_section
+from exact_quality import section as exact_quality_section
 from gpu_report import gpu_tables, sparse_gpu_tables
 from sparse_report import sparse_section
 
@@ -134,6 +135,8 @@ def main() -> None:
         texts["sparse-table"] = sparse_section(sparse, read("sparse_scale"), conditions(sparse["machine"]))
     if not args.gpu and (exact := read("exact")) and exact["cells"]:
         texts["exact-table"] = exact_section(exact, conditions(list(exact["cells"].values())[-1]["machine"]))
+    if not args.gpu and (exact := read("exact_quality")):
+        texts["exact-quality-table"] = exact_quality_section(exact, conditions(exact["machine"]))
     if (gpu := read("dense_gpu")) and gpu["cells"]:
         texts["gpu-table"] = gpu_tables(gpu, read("dense_gpu_headline"))
     if (gpu := read("sparse_gpu")) and gpu["cells"]:
