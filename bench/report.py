@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from common import read, table
-from exact_report import exact_section
 from exact_quality import section as exact_quality_section
+from exact_report import exact_section
 from gpu_report import gpu_tables, sparse_gpu_tables
 from sparse_report import sparse_section
 
