@@ -69,9 +69,11 @@ def exact_section(result: dict[str, Any], conditions: str) -> str:
         cell = e["cell"]
         others = [result["cells"].get(key(cell["classes"], cell["features"], hot, law)) for law, hot in rest]
         shown = [" / ".join(f"{o['methods'][m]['ms']:.1f}" for m in METHODS) if o else "" for o in others]
-        rows.append([f"{cell['classes']:,} x {cell['features']}", *shown])
+        if any(shown):
+            rows.append([f"{cell['classes']:,} x {cell['features']}", *shown])
     header = ["ms CPU, blocked / woodbury", "1 target, uniform", "100 targets, Zipf", "100 targets, uniform"]
-    parts.append(f"Other targets:\n\n{table(header, rows)}")
+    if rows:
+        parts.append(f"Other targets:\n\n{table(header, rows)}")
     flat = {d: flatness(result, d) for d in sorted({e["cell"]["features"] for e in one})}
     said = ", ".join(f"{x:.2f} times at d = {d}" for d, x in flat.items() if x)
     notes = []
