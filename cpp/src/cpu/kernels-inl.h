@@ -12,7 +12,13 @@ namespace widehead::cpu::WIDEHEAD_ISA_NAME {
 
 #define WIDEHEAD_STRING_(x) #x
 #define WIDEHEAD_STRING(x) WIDEHEAD_STRING_(x)
-const Kernels kTable = {
-    WIDEHEAD_STRING(WIDEHEAD_ISA_NAME), dense_table(), sparse_table(), update_table(), bag_table(), product_table(), hash_table(), hashed_table()};
+const Kernels kTable = {WIDEHEAD_STRING(WIDEHEAD_ISA_NAME),
+                        dense_table(),
+                        sparse_table(),
+                        update_table(),
+                        bag_table(),
+                        product_table(),
+                        hash_table(),
+                        hashed_table()};
 
 }  // namespace widehead::cpu::WIDEHEAD_ISA_NAME
