@@ -348,7 +348,7 @@ def test_plan_json(run):
     got = json.loads(out)
     assert code == 0
     assert got["job"]["n_classes"] == 250_000 and got["job"]["optimizer"] == "adam"
-    assert [p["head"] for p in got["plans"]] == ["nn.Linear", "DenseHead", "SparseHead"]
+    assert [p["head"] for p in got["plans"]] == ["nn.Linear", "DenseHead", "SparseHead", "ExactHead"]
     assert got["machine"]["measured"] is False
     assert got["recommendation"]["head"] == "DenseHead" and got["recommendation"]["loss"] == "bce"
 
