@@ -46,7 +46,6 @@ RECOMMENDERS: dict[str, list[dict[str, Any]]] = {
     ],
     "ExactHead, 1024": [
         {**SVD, "dim": 1024, "dropout": 0.3, "epochs": 3, "w": 1.0, "lr": 60.0, "clip": 0.06},
-        {**SVD, "dim": 1024, "dropout": 0.5, "epochs": 3, "w": 5.0, "lr": 25.0, "clip": 0.06},
     ],
     "ExactHead, 256, random start": [
         {**TOWER, "dim": 256, "dropout": 0.5, "epochs": 15, "w": 5.0, "lr": 25.0, "clip": 0.06}
@@ -94,7 +93,9 @@ LOSSES: dict[str, list[dict[str, Any]]] = {
     "exact, Taylor softmax": exact("taylor_softmax", 0.1, 1.0, 3.0, 10.0),
     "exact, Z-loss": exact("z_loss", 0.01, 0.1, 0.3, 1.0),
 }
-EVERY = [*RECOMMENDERS, *PEERS, *LIKE, *LOSSES]
+# In the order of the tables.
+EVERY = ["truncated SVD, 256", "truncated SVD, 1024", "implicit ALS, 256", "implicit ALS, 512"]
+EVERY += [*(f"ExactHead, {size}" for size in ("256", "256, random start", "512", "1024")), *LOSSES]
 
 
 class Log:

@@ -171,6 +171,12 @@ def test_the_best_by_validation_is_tested_and_nothing_runs_twice(folder, tmp_pat
     assert "| SimpleX | 18.72 | 15.57 | - |" in lines
 
 
+def test_every_method_has_a_grid_and_a_place_in_the_tables():
+    grids = {**bench.RECOMMENDERS, **bench.PEERS, **bench.LOSSES}
+    assert sorted(bench.EVERY) == sorted({*grids, *bench.LIKE}) and all(grids.values())
+    assert all(of in grids for of, _ in bench.LIKE.values())
+
+
 def test_a_failed_run_is_named_and_tried_again(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(common, "RESULTS", tmp_path / "results")
     call = ("recommend_run.py", folder, "tune", "a")
