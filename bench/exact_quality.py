@@ -44,6 +44,9 @@ RECOMMENDERS: dict[str, list[dict[str, Any]]] = {
         {**SVD, "dropout": 0.5, "epochs": 10, "w": 15.0, "lr": 8.0, "clip": 0.15},
         {**SVD, "dropout": 0.3, "epochs": 10, "w": 5.0, "lr": 25.0, "clip": 0.06},
     ],
+    "ExactHead, 1024": [
+        {**SVD, "dim": 1024, "dropout": 0.3, "epochs": 3, "w": 1.0, "lr": 60.0, "clip": 0.06},
+    ],
     "ExactHead, 256, random start": [
         {**TOWER, "dim": 256, "dropout": 0.5, "epochs": 15, "w": 5.0, "lr": 25.0, "clip": 0.06}
     ],
@@ -52,7 +55,8 @@ ALS = {"factors": 256, "iterations": 15, "powers": [-0.2, 0.0, 0.2]}
 PEERS: dict[str, list[dict[str, Any]]] = {
     "implicit ALS, 256": [
         *({**ALS, "alpha": alpha, "regularization": r} for alpha in (5.0, 20.0) for r in (5.0, 20.0)),
-        *({**ALS, "alpha": 60.0, "regularization": r} for r in (5.0, 20.0)),
+        *({**ALS, "alpha": 60.0, "regularization": r} for r in (5.0, 20.0, 60.0)),
+        {**ALS, "alpha": 150.0, "regularization": 60.0},
         {**ALS, "alpha": 20.0, "regularization": 5.0, "bm25": [100, 0.8]},
     ],
 }
@@ -61,7 +65,6 @@ LIKE: dict[str, tuple[str, dict[str, Any]]] = {
     "ExactHead, 512": ("ExactHead, 256", {"dim": 512}),
     "implicit ALS, 512": ("implicit ALS, 256", {"factors": 512}),
     "truncated SVD, 1024": ("truncated SVD, 256", {"dim": 1024}),
-    "ExactHead, 1024": ("ExactHead, 256", {"dim": 1024}),
 }
 
 # What the runs of a set share: `tuning` is the number of epochs of the grid's runs, `epochs` that of the final ones.
@@ -83,14 +86,16 @@ def dense(loss: str, optimizer: str, *rates: float) -> list[dict[str, Any]]:
 
 
 LOSSES: dict[str, list[dict[str, Any]]] = {
-    "dense, softmax": dense("softmax", "adam", 1e-3, 4e-3),
-    "dense, squared hinge": dense("squared_hinge", "adam", 1e-3, 4e-3),
-    "exact, squared error": exact("squared_error", 3e-4, 1e-3, 3e-3, start=0.01),
-    "exact, spherical softmax": exact("spherical_softmax", 3e-3, 0.03, 0.3),
-    "exact, Taylor softmax": exact("taylor_softmax", 0.01, 0.1, 1.0),
-    "exact, Z-loss": exact("z_loss", 0.01, 0.1, 1.0),
+    "dense, softmax": dense("softmax", "adam", 1e-3, 4e-3, 1e-2),
+    "dense, squared hinge": dense("squared_hinge", "adam", 1e-3, 4e-3, 1e-2),
+    "exact, squared error": exact("squared_error", 3e-4, 1e-3, 3e-3, 1e-2, start=0.01),
+    "exact, spherical softmax": exact("spherical_softmax", 0.01, 0.03, 0.1, 0.3),
+    "exact, Taylor softmax": exact("taylor_softmax", 0.1, 1.0, 3.0, 10.0),
+    "exact, Z-loss": exact("z_loss", 0.01, 0.1, 0.3, 1.0),
 }
-EVERY = [*RECOMMENDERS, *PEERS, *LIKE, *LOSSES]
+# In the order of the tables.
+EVERY = ["truncated SVD, 256", "truncated SVD, 1024", "implicit ALS, 256", "implicit ALS, 512"]
+EVERY += [*(f"ExactHead, {size}" for size in ("256", "256, random start", "512", "1024")), *LOSSES]
 
 
 class Log:

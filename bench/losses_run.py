@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from exact_quality import LEAST
 
 import widehead
 from widehead.data import Dataset
+from widehead.data.files import line_blocks
 from widehead.metrics import MetricAccumulator
 from widehead.torch import DenseHead, ExactHead, FusedAdam, FusedRMSprop, FusedSGD
 
@@ -29,21 +31,33 @@ OPTIMIZERS: dict[str, Any] = {"sgd": FusedSGD, "adam": FusedAdam, "rmsprop": Fus
 
 
 def parts(folder: Path, validation: bool) -> tuple[Dataset, Dataset]:
-    """What a run trains on and what it is measured on; of the frequent classes only, where LEAST says so."""
-    train, test = quality_data.load(folder)
-    least = LEAST.get(folder.name)
-    if least is not None:
-        kept = np.flatnonzero(np.bincount(train.labels.indices, minlength=train.n_labels) >= least)
-        train, test = of_classes(train, kept), of_classes(test, kept)
+    """What a run trains on and what it is measured on."""
+    train, test = dictionary(folder, LEAST[folder.name]) if folder.name in LEAST else quality_data.load(folder)
     return train.split(quality_data.VALIDATION, quality_data.SPLIT_SEED) if validation else (train, test)
 
 
-def of_classes(part: Dataset, kept: np.ndarray) -> Dataset:
-    """The examples that have one of the classes, which are numbered anew."""
-    labels = sp.csr_array(part.labels[:, kept])
-    labels.sort_indices()
-    rows = np.flatnonzero(np.diff(labels.indptr))
-    return Dataset(labels=labels[rows], features=None if part.features is None else part.features[rows])
+def dictionary(folder: Path, least: int) -> tuple[Dataset, Dataset]:
+    """Lines `source<TAB>definition<TAB>word|word`: texts to the words with at least `least` training definitions. What
+    is not such a line (some definitions hold line breaks) is left out."""
+    rows = {
+        part: [
+            (text, words.split("|"))
+            for block in line_blocks(next(folder.glob(f"{part}.tsv*")))
+            for _, text, words in (line.split("\t") for line in block.decode().split("\n") if line.count("\t") == 2)
+        ]
+        for part in ("train", "test")
+    }
+    counts = Counter(word for _, words in rows["train"] for word in set(words))
+    number = {word: i for i, word in enumerate(sorted(word for word, n in counts.items() if n >= least))}
+    found = []
+    for part in rows.values():
+        labels = [(text, sorted({number[word] for word in words if word in number})) for text, words in part]
+        kept = [row for row in labels if row[1]]
+        indptr = np.cumsum([0, *(len(classes) for _, classes in kept)])
+        indices = np.array([i for _, classes in kept for i in classes], np.int32)
+        matrix = sp.csr_array((np.ones(len(indices), np.float32), indices, indptr), shape=(len(kept), len(number)))
+        found.append(Dataset(labels=matrix, texts=[text for text, _ in kept]))
+    return quality_data.of_words(*found)
 
 
 class Tower(torch.nn.Module):

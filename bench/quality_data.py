@@ -48,10 +48,13 @@ def _unit(part: Dataset) -> Dataset:
     return Dataset(labels=part.labels, features=scaled)
 
 
-def _of_texts(train: Path, test: Path, least: int = 2) -> tuple[Dataset, Dataset]:
-    """Words of at least `least` training texts, (1 + log count) idf."""
+def _of_texts(train: Path, test: Path) -> tuple[Dataset, Dataset]:
     first = data.load(train)
-    second = data.load(test, n_labels=first.n_labels)
+    return of_words(first, data.load(test, n_labels=first.n_labels))
+
+
+def of_words(first: Dataset, second: Dataset, least: int = 2) -> tuple[Dataset, Dataset]:
+    """Features of texts: words of at least `least` training texts, (1 + log count) idf."""
     words: dict[str, int] = {}
     counted = [_counts(part.texts or [], words, grow=part is first) for part in (first, second)]
     seen = np.bincount(counted[0].indices, minlength=len(words))

@@ -135,15 +135,16 @@ def test_a_run_of_every_loss_learns(method):
     assert len(found["epoch_loss"]) == 20 and found["epoch_loss"][-1] < found["epoch_loss"][0]
 
 
-def test_rare_classes_are_left_out(tmp_path, monkeypatch):
-    monkeypatch.setattr(losses_run, "LEAST", {"words": 2})
+def test_rare_words_are_left_out(tmp_path, monkeypatch):
+    monkeypatch.setitem(bench.LEAST, "words", 2)
     folder = tmp_path / "words"
     folder.mkdir()
-    (folder / "train.tsv").write_text("red apple\t0\nred brick\t2\nred pear\t2,3\nred tree\t1\nred pie\t3\n")
-    (folder / "test.tsv").write_text("red pear\t2\nred tree\t1\n")
+    lines = ["red apple\tfruit", "red brick\tstone|clay", "red pear\tstone|fruit", "red clod\tclay|soil|clay"]
+    (folder / "train.tsv").write_text("".join(f"x\t{line}\n" for line in [*lines, "red tree\twood"]))
+    (folder / "test.tsv").write_text("x\tred pear\tfruit|soil\nx\tred tree\twood\n")
     train, test = losses_run.parts(folder, validation=False)
-    assert train.labels.toarray().tolist() == [[1, 0], [1, 1], [0, 1]]
-    assert test.labels.toarray().tolist() == [[1, 0]]
+    assert train.labels.toarray().tolist() == [[0, 1, 0], [1, 0, 1], [0, 1, 1], [1, 0, 0]]  # clay, fruit, stone
+    assert test.labels.toarray().tolist() == [[0, 1, 0]]
 
 
 def test_the_best_by_validation_is_tested_and_nothing_runs_twice(folder, tmp_path, monkeypatch):
@@ -168,6 +169,12 @@ def test_the_best_by_validation_is_tested_and_nothing_runs_twice(folder, tmp_pat
     lines = bench.report(common.read("exact_quality")).splitlines()
     assert lines[-2] == "| a | 70.00 | 10.00 | 3 |" and lines[-1] == "| b | 70.00 | 10.00 | 3 |"
     assert "| SimpleX | 18.72 | 15.57 | - |" in lines
+
+
+def test_every_method_has_a_grid_and_a_place_in_the_tables():
+    grids = {**bench.RECOMMENDERS, **bench.PEERS, **bench.LOSSES}
+    assert sorted(bench.EVERY) == sorted({*grids, *bench.LIKE}) and all(grids.values())
+    assert all(of in grids for of, _ in bench.LIKE.values())
 
 
 def test_a_failed_run_is_named_and_tried_again(folder, tmp_path, monkeypatch):
