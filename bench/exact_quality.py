@@ -44,12 +44,6 @@ RECOMMENDERS: dict[str, list[dict[str, Any]]] = {
         {**SVD, "dropout": 0.5, "epochs": 10, "w": 15.0, "lr": 8.0, "clip": 0.15},
         {**SVD, "dropout": 0.3, "epochs": 10, "w": 5.0, "lr": 25.0, "clip": 0.06},
     ],
-    "ExactHead, 1024": [
-        {**SVD, "dim": 1024, "dropout": 0.3, "epochs": 3, "w": 1.0, "lr": 60.0, "clip": 0.06},
-    ],
-    "ExactHead, 256, random start": [
-        {**TOWER, "dim": 256, "dropout": 0.5, "epochs": 15, "w": 5.0, "lr": 25.0, "clip": 0.06}
-    ],
 }
 ALS = {"factors": 256, "iterations": 15, "powers": [-0.2, 0.0, 0.2]}
 PEERS: dict[str, list[dict[str, Any]]] = {
@@ -64,6 +58,8 @@ PEERS: dict[str, list[dict[str, Any]]] = {
 LIKE: dict[str, tuple[str, dict[str, Any]]] = {
     "ExactHead, 512": ("ExactHead, 256", {"dim": 512}),
     "implicit ALS, 512": ("implicit ALS, 256", {"factors": 512}),
+    "ExactHead, 1024": ("ExactHead, 256", {"dim": 1024}),
+    "ExactHead, 256, random start": ("ExactHead, 256", {"start": "random", "epochs": 20}),
     "truncated SVD, 1024": ("truncated SVD, 256", {"dim": 1024}),
 }
 
