@@ -247,7 +247,7 @@ def section(result: dict[str, Any], conditions: str) -> str:
         "Gowalla: 29,858 users, 40,981 items, the published split; the first three rows are published figures. A\n"
         "number after a name is the length of a user's vector. ExactHead: a linear tower over the user's items, half\n"
         "of them left out at random, and weighted squared error over all pairs, started at the truncated SVD of the\n"
-        "same matrix except for the random start. Losses: the same tower of 128 numbers and as many epochs for each,\n"
+        "same matrix. Losses: the same tower of 128 numbers and as many epochs for each,\n"
         "rates tuned on a held-out part; of revdict the words with at least "
         f"{LEAST['revdict']} definitions. Measured with one\nthread on {conditions}; {peers}.\n"
         "`python bench/exact_quality.py` repeats it."
