@@ -24,15 +24,15 @@ class HashedHead(OutputHead):
 
     A step reads and writes the rows of `candidates` classes an example (those that share most buckets with its hidden
     state), of its targets, and of `negatives` classes drawn uniformly for the batch: its cost does not grow with the
-    number of classes (Vijayanarasimhan, Shlens, Monga, Yagnik, arXiv 1412.7479). Rows that have moved far are hashed
-    again after the step.
+    number of classes, while the buckets keep their size (Vijayanarasimhan, Shlens, Monga, Yagnik, arXiv 1412.7479).
+    Rows that have moved far are hashed again after the step.
 
     Args:
         in_features, n_classes: d and D.
         family, tables, hashes, window, max_bucket: of the tables, see `widehead.numpy.HashIndex`. 64 to 256 rows a
             bucket, D / 2^(hashes log2(window)), are a good aim.
         candidates: retrieved classes an example.
-        negatives: uniform draws a step.
+        negatives: uniform draws a step; with 0 nothing stands for the rest, whatever the estimator.
         estimator: of the normaliser. "corrected": candidates and targets count as they are, the draws for all the rest;
             unbiased. "restricted", the paper's: a softmax over what is seen. "importance": each class by the odds that
             it is seen, as its collisions tell.

@@ -242,3 +242,26 @@ def test_bad_input_changes_nothing() -> None:
     with pytest.raises(_core.ShapeError, match="hidden"):
         head(hidden[:, 1:], target)
     assert torch.equal(head.weight, before)
+
+
+def test_loaded_weights_are_hashed_though_an_optimiser_was_about_to_move_some() -> None:
+    head, hidden = make(), batch(torch.Generator().manual_seed(10))[0]
+    head(*batch(torch.Generator().manual_seed(11))).loss.backward()
+    other = make(seed=0)
+    state = {"weight": torch.randn(D, WIDTH), "bias": torch.randn(D)}
+    for one in (head, other):
+        one.load_state_dict(state)
+    assert torch.equal(head.candidates(hidden), other.candidates(hidden))
+
+
+def test_a_compiled_model_breaks_its_graph_at_the_head() -> None:
+    head, (hidden, target) = make(), batch(torch.Generator().manual_seed(12))
+    body = torch.nn.Linear(WIDTH, WIDTH)
+    compiled = torch.compile(lambda x: head(body(x), target).loss, backend="eager")
+    losses = []
+    for model in (compiled, lambda x: head(body(x), target).loss):
+        torch.manual_seed(0)
+        losses.append(model(hidden))
+    assert losses[0].item() == losses[1].item()
+    losses[0].backward()
+    assert body.weight.grad is not None and head.weight.grad is not None

@@ -111,8 +111,15 @@ class HashedHead(DenseHead):
             self._move_options(self.weight.device)
             self.reset_parameters()
 
+    def reset_parameters(self, seed: int | None = None) -> None:
+        """See `DenseHead`; the tables are made anew, by the head's new seed."""
+        super().reset_parameters(seed)
+        self._tables = None
+
     def rebuild(self) -> None:
-        """Hashes all the rows anew. Writing to the parameters is seen, but not through `.data`: call it then."""
+        """Hashes all the rows anew. Writing to the parameters is seen, but not through `.data`, nor in plain mode after a
+        backward pass, where it is taken for the optimiser's: call it then.
+        """
         self._made().build(self.weight.detach(), self._hashed_bias())
 
     def statistics(self) -> dict[str, int]:
@@ -181,8 +188,11 @@ class HashedHead(DenseHead):
         self._tables = None
 
     def _losses(self, rows: Tensor, target: Target) -> tuple[Tensor, Tensor, Tensor]:
-        if not self.training:
-            return super()._losses(rows, target)
+        return self._seen_losses(rows, target) if self.training else super()._losses(rows, target)
+
+    @torch.compiler.disable  # the tables are no tensors
+    def _seen_losses(self, rows: Tensor, target: Target) -> tuple[Tensor, Tensor, Tensor]:
+        """Of training: over the classes that an example looks at."""
         seed = int(torch.randint(2**63 - 1, (), device="cpu"))
         if self.hashing.shared:
             return self._shared_losses(rows, target, seed)
@@ -220,6 +230,10 @@ class HashedHead(DenseHead):
         return self._dense_losses(
             rows, weight, None if self.bias is None else bias, offset, local, None, None, None, IGNORED
         )
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        super()._load_from_state_dict(*arguments)
+        self._tables = None
 
     def _retrieved(self, rows: Tensor, n: int) -> Tensor:
         return self._made().retrieve(rows.contiguous(), self.weight.detach(), self._hashed_bias(), n)[0]
