@@ -13,7 +13,7 @@ near the weights of its class. Floors, with R distinct rows and P pairs of an ex
     tables  N d 4 bytes read, L N (2 written + 2 read + 4 written) bytes of keys and entries
 
 SLIDE's figures are of other measurements: its public code and its optimised one, on two threads, at the shape of
-Amazon-670K with the input layer and Adam (see README.md).
+Amazon-670K with the input layer and Adam.
 """
 
 from __future__ import annotations

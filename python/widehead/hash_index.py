@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from . import _core
 from ._arrays import as_batch
-from ._core import ShapeError
+from ._core import DtypeError, ShapeError
 from ._results import TopKResult
 from .options import HASH_FAMILIES, choose, whole
 
@@ -97,7 +97,10 @@ class HashIndex:
         Raises:
             LabelError: a row out of range. Nothing has changed.
         """
-        return self._core.update(np.ascontiguousarray(ids, np.int64).reshape(-1), weight, bias)
+        rows = np.asarray(ids)
+        if rows.dtype.kind not in "iu" and rows.size:
+            raise DtypeError(f"ids: expected integers, got {rows.dtype}")
+        return self._core.update(np.ascontiguousarray(rows, np.int64).reshape(-1), weight, bias)
 
     def query(self, hidden: NDArray, candidates: int, *, probes: int = 0) -> Candidates:
         """The rows that share most buckets with each query.

@@ -347,8 +347,8 @@ def plan_exact(job: Job) -> list[Plan]:
                 Term("tiles and partial sums", "fixed", _CPU_SCRATCH),
             ],
             flops=[
-                Term("q, and W'W (float64 counts twice)", "2 x 2 B (d w + w^2)", 4 * b * (d + width) * width),
-                Term("S'S (float64 counts twice)", "2 x 2 B^2 (d + w)", 4 * b * b * (d + width)),
+                Term("q, and W'W", "2 B (d w + w^2)", 2 * b * (d + width) * width),
+                Term("S'S", "2 B^2 (d + w)", 2 * b * b * (d + width)),
                 Term("the block's matrix", "2 B (d w + w^2)", 2 * b * (d + width) * width),
                 Term("rows of targets", "2 B S (d + w)", 2 * b * hot * (d + width)),
                 Term("their fetching", f"{_EXACT_ROW_PRODUCTS} x 2 S w^2", 2 * _EXACT_ROW_PRODUCTS * rows * width**2),

@@ -263,6 +263,8 @@ def test_bad_input_changes_nothing() -> None:
     other = matrix(rng, 50, 8)
     with pytest.raises(_core.LabelError, match=r"ids: expected a row in \[0, 50\), got 50 at position 1"):
         index.update([3, 50], other)
+    with pytest.raises(_core.DtypeError, match="ids: expected integers, got float64"):
+        index.update([1.5], other)  # type: ignore[list-item]
     with pytest.raises(_core.ShapeError, match="weight"):
         index.update([3], other[:49])
     with pytest.raises(_core.ShapeError, match="weight"):

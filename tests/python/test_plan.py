@@ -114,7 +114,7 @@ def test_arithmetic_of_an_exact_head_by_hand():
     plain = by_head(plan.Job(1000, d, b, optimizer="sgd"))["ExactHead", "squared_error"]
     rows, hot = 8, 20
     assert total(plain.flops) == pytest.approx(
-        8 * b * d * d + 8 * b * b * d + 4 * b * d * d + 4 * b * hot * d + 8.4 * rows * d * d + 2 * d**3
+        4 * b * d * d + 4 * b * b * d + 4 * b * d * d + 4 * b * hot * d + 8.4 * rows * d * d + 2 * d**3
     )
     assert plain.peak == 1000 * d * 4 + 4000 + 140 * d * d + d * (20 * hot + 40 * b) + 2**25
     moving = by_head(plan.Job(1000, d, b, optimizer="momentum"))["ExactHead", "squared_error"]

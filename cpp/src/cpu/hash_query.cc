@@ -145,6 +145,11 @@ class Probes {
 }  // namespace
 
 void HashTables::query(const HashQuery& q) const {
+  if (rows == 0) {
+    std::fill_n(q.ids, q.hidden.rows * q.candidates, i64{-1});
+    if (q.counts) std::fill_n(q.counts, q.hidden.rows * q.candidates, 0);
+    return;
+  }
   const cpu::HashKernels& kernels = cpu::kernels().hash;
   const cpu::HashFunctions& f = draws_.functions();
   const i64 codes = f.tables * f.hashes, group = kernels.lanes, batch = q.hidden.rows;

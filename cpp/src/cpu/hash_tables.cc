@@ -117,9 +117,7 @@ HashTables::HashTables(i64 features_, bool bias_, const HashOptions& options_)
       bias(bias_),
       options(options_),
       draws_(features_ + (bias_ ? 1 : 0), options_),
-      tables_(static_cast<std::size_t>(options_.tables)) {
-  for (cpu::HashTable& table : tables_) table.resize(0, key_bits(options));
-}
+      tables_(static_cast<std::size_t>(options_.tables)) {}
 
 template <class Put>
 void HashTables::hash(const ConstAnyMatrix& weight, const ConstAnyVector& bias_data, const i64* ids, i64 n,

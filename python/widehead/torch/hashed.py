@@ -117,8 +117,8 @@ class HashedHead(DenseHead):
         self._tables = None
 
     def rebuild(self) -> None:
-        """Hashes all the rows anew. Writing to the parameters is seen, but not through `.data`, nor in plain mode after a
-        backward pass, where it is taken for the optimiser's: call it then.
+        """Hashes all the rows anew. Writing to the parameters is seen, but not through `.data`, nor in plain mode after
+        a backward pass, where it is taken for the optimiser's: call it then.
         """
         self._made().build(self.weight.detach(), self._hashed_bias())
 
