@@ -1,7 +1,7 @@
 """implicit_feedback.py -- a recommender from implicit feedback: squared error over all items, without negative samples.
 
     python examples/implicit_feedback.py DIR                all users
-    python examples/implicit_feedback.py DIR --sample 8000  the first 8000 lines, a minute or so
+    python examples/implicit_feedback.py DIR --sample 8000  the first 8000 lines, half a minute on one thread
 
 DIR holds `train.txt` and `test.txt`, perhaps compressed (.xz): a line is the number of a user and those of his items,
 as in the published splits of Gowalla, Yelp and Amazon. All pairs count, those observed more (Hu, Koren, Volinsky 2008):
