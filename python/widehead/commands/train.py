@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dictionary",
         type=common.count,
         metavar="A",
-        help="width of a linear layer before the head, in place of that one",
+        help="width of a linear layer before the head (sparse: over --dim)",
     )
     model.add_argument("--dropout", type=float, default=0.0, help="share of the features left out (default: 0)")
     model.add_argument("--fan-in", type=common.count, metavar="K", help="of a sparse head (default: 32)")
